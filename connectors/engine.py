@@ -1,0 +1,90 @@
+"""The engine seam: record batches of requests in, record batches of settled requests out.
+
+Nothing on our side of this door makes a Python object per prompt. An engine that needs objects (vLLM, HTTP) makes
+them behind it, a few at a time; an engine that does not (the stand-in of a rehearsal) stays columnar throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import pyarrow as pa
+
+SAMPLING_TYPE = pa.dictionary(pa.int32(), pa.string())
+
+REQUEST_FIELDS: dict[str, pa.DataType] = {
+    # Always there.
+    "tag": pa.int64(),  # the caller's handle, unique among what is in flight; comes back with the result
+    "attempt_id": pa.binary(16),  # what the engine's log and the provider see
+    "input_tokens": pa.int32(),  # exact where the model's tokenizer is known, else an estimate
+    "max_tokens": pa.int32(),
+    "sampling": SAMPLING_TYPE,  # canonical JSON object: max_tokens, temperature, seed, top_p, stop, n, response_format, ...
+    "cache_salt": pa.dictionary(pa.int32(), pa.string()),  # null: prefixes may be shared with any request
+    # There where the engine's ``wants`` names it.
+    "tokens": pa.list_(pa.int32()),  # prompt token ids, chat template applied
+    "messages": pa.large_string(),  # chat: JSON list of {role, content}; null where the request is raw
+    "prompt": pa.large_string(),  # raw: the text as it is; null where the request is a chat
+}
+
+RESULT_SCHEMA = pa.schema(
+    [
+        pa.field("tag", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # ok | failed | cancelled
+        pa.field("error_class", pa.string()),  # caller auth_funds rate capacity server timeout bad_output policy
+        pa.field("error_message", pa.string()),  # ours or the provider's, cut short; never a prompt, an answer, a key
+        pa.field("http_status", pa.int16()),
+        pa.field("output", pa.large_string()),  # the first sample
+        pa.field("samples", pa.list_(pa.large_string())),  # all samples, where n > 1; else null
+        pa.field("finish_reason", pa.string()),
+        pa.field("input_tokens", pa.int64()),  # includes cached ones; null: not reported
+        pa.field("cached_tokens", pa.int64()),  # null: not reported
+        pa.field("output_tokens", pa.int64()),  # of all samples; null: not reported
+        pa.field("usage_source", pa.string()),  # reported (the provider says so) | recount | estimate
+        pa.field("provider_request_id", pa.string()),
+        pa.field("provider_cost", pa.decimal128(38, 18)),
+        pa.field("endpoint_host", pa.string()),
+        pa.field("started_at", pa.timestamp("us", "UTC"), nullable=False),  # handed to the engine
+        pa.field("finished_at", pa.timestamp("us", "UTC"), nullable=False),  # its last token or its error came back
+        pa.field("retry_after_s", pa.float64()),
+    ]
+)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One model on one pool, as a shift drives it. All methods are called from the shift's thread and never block long."""
+
+    wants: frozenset[str]
+    """Which optional request columns ``submit`` needs: of ``tokens``, ``messages``, ``prompt``."""
+
+    @property
+    def room(self) -> int:
+        """How many more requests it takes now and still keeps itself full in order; 0 when its window is full."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not yet returned by ``poll``."""
+        ...
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Calls ``wake`` (from any thread) whenever ``poll`` has something new, or the engine died."""
+        ...
+
+    def submit(self, requests: pa.RecordBatch) -> None:
+        """Takes a batch of at most ``room`` rows, to be begun in row order. Raises PoolDown when the engine is gone."""
+        ...
+
+    def poll(self) -> list[pa.RecordBatch]:
+        """What finished since the last call, each batch of RESULT_SCHEMA. Raises PoolDown when the engine is gone;
+        results that came before its end are handed out first."""
+        ...
+
+    def cancel(self) -> None:
+        """Gives up everything in flight; each comes back from ``poll`` as ``cancelled`` with what is known of its usage."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything, processes included. Idempotent."""
+        ...

@@ -1,0 +1,102 @@
+"""Every error that Bidbeam raises, split by what the caller does next.
+
+    BidbeamError
+    ├── UsageError            fix the call, the job, the pools or the input; nothing was spent (exit 2)
+    │   ├── ConfigError       a key of a job or pools file: names file, line, key, what was expected
+    │   ├── InputError        prompts that are missing, unreadable or of the wrong shape
+    │   ├── ModelError        a model, tokenizer or chat template that does not load
+    │   └── RunHeld           another start holds this run
+    ├── StoreError            a store that fails or cannot keep a promise
+    │   └── AlreadyExists     a create-only write met other content under its name
+    ├── PoolDown              a pool that serves nothing any more: its lots go to their runners-up
+    └── Interrupted           stopped by a signal; the same command resumes (exit 4)
+
+All of them pickle, because Beam carries them between workers. No message ever holds a secret, a prompt or an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BidbeamError(Exception):
+    """The root of the tree. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(BidbeamError):
+    """What was asked cannot be done as it stands; nothing was spent."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A wrong key or value in a job or pools file.
+
+    ``line`` is 1-based; ``key`` is the dotted path; ``expected`` says what would be right; ``nearest`` is the closest
+    valid name, where the fault is a misspelt one.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        expected: str | None = None,
+        nearest: str | None = None,
+    ) -> None:
+        self.problem, self.file, self.line = problem, file, line
+        self.key, self.expected, self.nearest = key, expected, nearest
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        where = ":".join(str(part) for part in (self.file, self.line) if part is not None)
+        text = f"{where}: " if where else ""
+        text += f"{self.key}: {self.problem}" if self.key else self.problem
+        if self.expected:
+            text += f" (expected {self.expected})"
+        if self.nearest:
+            text += f"; did you mean {self.nearest!r}?"
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_config_error, (self.problem, self.file, self.line, self.key, self.expected, self.nearest)
+
+
+def _rebuild_config_error(
+    problem: str, file: str | None, line: int | None, key: str | None, expected: str | None, nearest: str | None
+) -> ConfigError:
+    return ConfigError(problem, file=file, line=line, key=key, expected=expected, nearest=nearest)
+
+
+class InputError(UsageError):
+    """Prompts that are missing, unreadable, truncated or lack a column."""
+
+
+class ModelError(UsageError):
+    """A model, tokenizer or chat template that does not load."""
+
+
+class RunHeld(UsageError):
+    """Another start of the same run is alive and holds it."""
+
+
+class StoreError(BidbeamError):
+    """A store that fails, or that cannot keep a promise Bidbeam relies on."""
+
+
+class AlreadyExists(StoreError):
+    """A create-only write met other content under its name."""
+
+
+class PoolDown(BidbeamError):
+    """A pool that serves nothing any more; what it had goes to the runners-up."""
+
+
+class Interrupted(BidbeamError):
+    """Stopped by a signal; the same command resumes."""
+
+    exit_code = 4

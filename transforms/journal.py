@@ -1,0 +1,180 @@
+"""The journal: attempts settled so far, in create-only files called segments, so that no restart pays again.
+
+A segment is one Arrow file with one record batch per range (and one for overhead, which belongs to no request), so
+that publishing a range reads its own batches only. It carries the terms its charges were made under. Names come from
+the plan: round, shift and a number that counts up; whoever finds a name taken by other content takes the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.errors import AlreadyExists
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.pools import PriceSchedule
+from bidbeam.connectors.schemas import SEGMENT
+from bidbeam.connectors.store import Store
+from bidbeam.transforms.settling import Terms
+
+OVERHEAD = -1
+"""The range of rows that belong to no request."""
+
+_TERMS = b"bidbeam.terms"
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRef:
+    """One segment: where it is, and which record batch holds which range. ``name`` is relative to the journal."""
+
+    name: str
+    rows: int
+    ranges: tuple[int, ...]
+    """The range of each record batch, ascending; OVERHEAD for attempts without a request."""
+    served: int
+    cost: Decimal
+    """USD that all of its attempts cost."""
+
+
+def terms_to_json(terms: Terms) -> dict[str, object]:
+    price = terms.price
+    return {
+        "pool": terms.pool,
+        "model": terms.model,
+        "price_id": price.price_id,
+        "unit_prices": {meter: str(value) for meter, value in price.unit_prices.items()},
+        "currency": price.currency,
+        "valid_from": price.valid_from.isoformat() if price.valid_from else None,
+        "source": price.source,
+        "fx_rate": str(terms.fx_rate),
+        "fx_source": terms.fx_source,
+        "fx_at": terms.fx_at.isoformat() if terms.fx_at else None,
+        "jurisdiction": terms.jurisdiction,
+        "operator": terms.operator,
+    }
+
+
+def terms_from_json(data: Mapping[str, object]) -> Terms:
+    def moment(value: object) -> datetime | None:
+        return datetime.fromisoformat(str(value)) if value else None
+
+    def text(key: str) -> str | None:
+        value = data.get(key)
+        return None if value is None else str(value)
+
+    unit_prices = data["unit_prices"]
+    if not isinstance(unit_prices, Mapping):
+        raise TypeError("unit_prices: not a mapping")
+    price = PriceSchedule(
+        price_id=str(data["price_id"]),
+        pool=str(data["pool"]),
+        unit_prices={meter: Decimal(str(value)) for meter, value in unit_prices.items()},
+        currency=str(data["currency"]),
+        valid_from=moment(data["valid_from"]),
+        source=str(data["source"]),
+    )
+    return Terms(
+        pool=str(data["pool"]),
+        model=str(data["model"]),
+        price=price,
+        fx_rate=Decimal(str(data["fx_rate"])),
+        fx_source=text("fx_source"),
+        fx_at=moment(data["fx_at"]),
+        jurisdiction=text("jurisdiction"),
+        operator=text("operator"),
+    )
+
+
+def write_segment(store: Store, prefix: str, number: int, rows: pa.Table, terms: Iterable[Terms]) -> SegmentRef:
+    """Writes settled attempts (SEGMENT) durably under ``prefix`` and the first free number from ``number`` on.
+
+    ``store`` is the journal; the returned name carries the number that was taken (see ``segment_number``).
+    """
+    by_range = _split_by_range(rows)
+    metadata = {_TERMS: json.dumps([terms_to_json(t) for t in terms], sort_keys=True).encode()}
+    schema = SEGMENT.with_metadata(metadata)
+    sink = pa.BufferOutputStream()
+    # Batches of one file share one dictionary a column.
+    whole = pa.Table.from_batches([b for _, b in by_range], schema=SEGMENT).unify_dictionaries()
+    with pa.ipc.new_file(sink, schema) as writer:
+        for batch in whole.replace_schema_metadata(metadata).to_batches():
+            writer.write_batch(batch)
+    data = sink.getvalue()
+    while True:
+        name = f"{prefix}-{number:06d}.arrow"
+        try:
+            store.create(name, data)
+        except AlreadyExists:
+            # Another try of this bundle is at work. What we paid for is booked all the same.
+            number += 1
+            continue
+        break
+    served = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
+    cost = sum_decimal(rows.column("cost"))
+    return SegmentRef(name, rows.num_rows, tuple(r for r, _ in by_range), served, cost)
+
+
+def segment_number(name: str) -> int:
+    """The number in a segment's name."""
+    return int(name.rsplit("-", 1)[1].split(".", 1)[0])
+
+
+def _split_by_range(rows: pa.Table) -> list[tuple[int, pa.RecordBatch]]:
+    ranges = pc.fill_null(pc.shift_right(rows.column("tag"), 32), OVERHEAD).to_numpy().astype(np.int64)
+    order = np.argsort(ranges, kind="stable")
+    if not np.array_equal(order, np.arange(len(order))):
+        rows = rows.take(pa.array(order))
+    batch = rows.unify_dictionaries().combine_chunks().to_batches()[0]
+    cuts = [0, *(np.flatnonzero(np.diff(ranges[order])) + 1).tolist(), len(order)]
+    return [(int(ranges[order[a]]), batch.slice(a, b - a)) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def open_segment(store: Store, name: str) -> tuple[pa.ipc.RecordBatchFileReader, dict[str, Terms]]:
+    """A reader of a segment and its terms by price id."""
+    reader = pa.ipc.open_file(pa.BufferReader(store.read(name)))
+    listed = json.loads(reader.schema.metadata[_TERMS])
+    terms = [terms_from_json(entry) for entry in listed]
+    return reader, {t.price.price_id: t for t in terms}
+
+
+def read_segment(store: Store, name: str) -> tuple[pa.Table, dict[str, Terms]]:
+    """All rows of a segment (SEGMENT) and its terms by price id."""
+    reader, terms = open_segment(store, name)
+    return reader.read_all().replace_schema_metadata(None), terms
+
+
+def read_batches(store: Store, segments: Iterable[SegmentRef], range_: int) -> Iterator[pa.RecordBatch]:
+    """The record batches of one range, segment after segment."""
+    for segment in segments:
+        wanted = [i for i, r in enumerate(segment.ranges) if r == range_]
+        if wanted:
+            with store.open_input(segment.name) as source:
+                reader = pa.ipc.open_file(source)
+                for i in wanted:
+                    yield reader.get_batch(i)
+
+
+def list_segments(journal: Store, prefix: str = "") -> list[str]:
+    """Names, relative to the journal, of the segments of all starts, or of those below ``prefix``, oldest first."""
+    return [
+        entry.name
+        for entry in journal.list(prefix)
+        if "/segments/" in f"/{entry.name}" and entry.name.endswith(".arrow")
+    ]
+
+
+def segment_ref(journal: Store, name: str) -> SegmentRef:
+    """What ``write_segment`` returned for a segment that is already there."""
+    reader, _ = open_segment(journal, name)
+    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    ranges = tuple(OVERHEAD if b.column("tag")[0].as_py() is None else b.column("tag")[0].as_py() >> 32 for b in batches)
+    rows = pa.Table.from_batches(batches)
+    served = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
+    return SegmentRef(name, rows.num_rows, ranges, served, sum_decimal(rows.column("cost")))

@@ -1,0 +1,224 @@
+"""Merge: the spilled pieces of one range become its order, the small table that everything after refers to.
+
+The prompts stay where they were spilled. The order says, for each place of the range, which spilled row stands
+there, what it shares with the row before, and whether it is a duplicate, settled already, or dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.schemas import LABEL
+from bidbeam.connectors.store import Store
+from bidbeam.transforms.prefix import common_prefix_bytes
+from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.spilling import SpillLayout, SpillRef, group_codes, layout_of, sorted_order
+
+ORDER = pa.schema(
+    [
+        pa.field("piece", pa.int32()),  # which spill of the range (its place in the split order)
+        pa.field("index", pa.int32()),  # row within that piece
+        pa.field("group", pa.int32()),  # model, placement and tenant: prefixes are shared within one only
+        pa.field("key", pa.binary(16)),  # content key, occurrence included
+        pa.field("shared_tokens", pa.int32()),  # leading tokens in common with the place before, in one group
+        pa.field("input_tokens", pa.int32()),
+        pa.field("max_tokens", pa.int32()),
+        pa.field("n", pa.int32()),
+        pa.field("leader", pa.int32()),  # the place that answers for this one; itself unless a duplicate
+        pa.field("reason", LABEL),  # null unless it died while the plan was made
+        pa.field("message", pa.string()),
+    ]
+)
+
+BYTES_PER_TOKEN = 4
+"""What an estimate takes one token of text to be, where the model has no tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRef:
+    """One merged range: its order file and the sizes of what is in it. ``groups`` are the names by group code."""
+
+    range: int
+    order_name: str
+    rows: int
+    groups: tuple[str, ...]
+
+
+def pieces_of(spills: Sequence[SpillRef], range_: int) -> list[SpillRef]:
+    """The spills that hold rows of a range, in split order: what ``ORDER.piece`` counts."""
+    return sorted((s for s in spills if s.rows_per_range[range_]), key=lambda s: s.split)
+
+
+def read_piece(store: Store, spill: SpillRef, batch: int, columns: Sequence[int] | None = None) -> pa.RecordBatch:
+    """One record batch of a spill file, or only some of its columns (by position)."""
+    options = pa.ipc.IpcReadOptions(included_fields=list(columns)) if columns is not None else None
+    with store.open_input(spill.name) as source:
+        return pa.ipc.open_file(source, options=options).get_batch(batch)
+
+
+def read_range(
+    context: RunContext, spills: Sequence[SpillRef], range_: int, columns: Sequence[int] | None = None
+) -> pa.Table:
+    """The spilled rows of a range, piece after piece, before they are put in order."""
+    layout = layout_of(context)
+    # Reading keeps the file's column order, whatever order was asked for.
+    wanted = layout.schema if columns is None else pa.schema([layout.schema.field(i) for i in sorted(columns)])
+    batches = [read_piece(context.scratch, s, range_, columns) for s in pieces_of(spills, range_)]
+    return pa.Table.from_batches(batches, schema=wanted).unify_dictionaries()
+
+
+def piece_starts(spills: Sequence[SpillRef], range_: int) -> npt.NDArray[np.int64]:
+    """Where each piece of the range begins in ``read_range``'s table. Shape (pieces,)."""
+    counts = [s.rows_per_range[range_] for s in pieces_of(spills, range_)]
+    return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.zeros(0, np.int64)
+
+
+def order_rows(
+    context: RunContext, spills: Sequence[SpillRef], range_: int, repeated_ids: Mapping[int, Collection[int]]
+) -> tuple[pa.Table, tuple[str, ...]]:
+    """The order of a range (ORDER) and the names of its groups.
+
+    ``repeated_ids`` holds, by split, the source rows whose id an earlier row has taken: they die as ``invalid``.
+    """
+    layout = layout_of(context)
+    names = ("key", "model", "placement", "tenant", "content", "input_tokens", "max_tokens", "n", "greedy", "key_width")
+    columns = sorted({layout.index(name) for name in names} | {layout.index("row")})
+    rows = read_range(context, spills, range_, columns).combine_chunks()
+    at = {name: columns.index(layout.index(name)) for name in (*names, "row")}
+    column = {name: _one(rows.column(i)) for name, i in at.items()}
+
+    groups, group_names = group_codes(column["model"], column["placement"], column["tenant"])
+    order = sorted_order(column["key"], groups)
+    take = pa.array(order)
+    groups = groups[order]
+    starts = piece_starts(spills, range_)
+    piece = np.searchsorted(starts, order, side="right") - 1
+
+    dead = _repeated(spills, range_, column["row"], repeated_ids)[order]
+    content = column["content"].take(take)
+    greedy = column["greedy"].take(take).to_numpy(zero_copy_only=False)
+    keys, leader = _occurrences(content, groups, greedy, dead)
+    shared = _shared_tokens(column["key"].take(take), column["key_width"].take(take), groups)
+    n_dead = int(dead.sum())
+    reason = pa.DictionaryArray.from_arrays(
+        pa.array(np.zeros(len(order), np.int32), mask=~dead), pa.array(["invalid"] if n_dead else [], pa.string())
+    ) if n_dead else pa.nulls(len(order), LABEL)
+    message = pc.if_else(
+        pa.array(dead), pa.scalar(f"column {context.render.prompt.id!r}: an earlier row has the same id"), pa.scalar(None, pa.string())
+    )
+    table = pa.table(
+        [
+            pa.array(piece.astype(np.int32)),
+            pa.array((order - starts[piece]).astype(np.int32)),
+            pa.array(groups.astype(np.int32)),
+            keys,
+            pa.array(shared.astype(np.int32)),
+            column["input_tokens"].take(take),
+            column["max_tokens"].take(take),
+            column["n"].take(take).cast(pa.int32()),
+            pa.array(leader.astype(np.int32)),
+            reason,
+            message,
+        ],
+        schema=ORDER,
+    )
+    return table, tuple(group_names)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
+
+
+def _repeated(
+    spills: Sequence[SpillRef], range_: int, source_rows: pa.Array, repeated: Mapping[int, Collection[int]]
+) -> npt.NDArray[np.bool_]:
+    dead = np.zeros(len(source_rows), bool)
+    if not repeated:
+        return dead
+    rows = source_rows.to_numpy()
+    at = 0
+    for spill in pieces_of(spills, range_):
+        count = spill.rows_per_range[range_]
+        if taken := repeated.get(spill.split):
+            dead[at : at + count] = np.isin(rows[at : at + count], np.fromiter(taken, np.int64))
+        at += count
+    return dead
+
+
+def _occurrences(
+    content: pa.Array, groups: npt.NDArray[np.int64], greedy: npt.NDArray[np.bool_], dead: npt.NDArray[np.bool_]
+) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+    """Content keys with the occurrence mixed in, and each place's leader.
+
+    Equal content in one group is one request if it is greedy: the first place answers for all. Otherwise its n-th
+    occurrence is a request of its own, under a key of its own. Shapes (n,).
+    """
+    n = len(content)
+    halves = np.frombuffer(content.buffers()[1], "<u8", count=2 * n, offset=16 * content.offset).reshape(n, 2).copy()
+    places = np.arange(n)
+    # Dead places answer for nobody: they form groups that no live one joins.
+    by = np.lexsort((places, halves[:, 0], halves[:, 1], groups, dead))
+    same = np.zeros(n, bool)
+    if n > 1:
+        left, right = by[:-1], by[1:]
+        same[1:] = (
+            (halves[left] == halves[right]).all(axis=1) & (groups[left] == groups[right]) & ~dead[left] & ~dead[right]
+        )
+    run_start = np.maximum.accumulate(np.where(same, 0, places))
+    leader = places.copy()
+    shared = greedy[by]
+    leader[by] = np.where(shared, by[run_start], by) if n else by
+    occurrence = np.zeros(n, np.uint64)
+    occurrence[by] = np.where(shared, 0, places - run_start).astype(np.uint64)
+    # An odd multiplier keeps different occurrences of one content different.
+    halves[:, 0] ^= occurrence * np.uint64(0x9E3779B97F4A7C15)
+    keys = pa.Array.from_buffers(pa.binary(16), n, [None, pa.py_buffer(halves.tobytes())])
+    return keys, leader
+
+
+def _shared_tokens(keys: pa.Array, widths: pa.Array, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    shared = common_prefix_bytes(keys)
+    width = widths.to_numpy().astype(np.int64)
+    # A width of one marks text: its tokens are estimates.
+    shared //= np.where(width == 1, BYTES_PER_TOKEN, width)
+    if len(groups):
+        shared[1:][groups[1:] != groups[:-1]] = 0
+    return shared
+
+
+def write_order(context: RunContext, range_: int, order: pa.Table) -> str:
+    name = f"order/range-{range_:06d}.arrow"
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, order.schema) as writer:
+        writer.write_table(order.combine_chunks())
+    context.scratch.create(name, sink.getvalue(), durable=False)
+    return name
+
+
+def read_order(context: RunContext, range_: int) -> pa.Table:
+    """The order of a range, ORDER, one chunk a column."""
+    with context.scratch.open_input(f"order/range-{range_:06d}.arrow") as source:
+        return pa.ipc.open_file(source).read_all().combine_chunks()
+
+
+def merge_range(
+    context: RunContext, spills: Sequence[SpillRef], range_: int, repeated_ids: Mapping[int, Collection[int]]
+) -> RangeRef:
+    """Merges one range and writes its order; the same bytes when a bundle is tried again."""
+    order, groups = order_rows(context, spills, range_, repeated_ids)
+    return RangeRef(range_, write_order(context, range_, order), order.num_rows, groups)
+
+
+__all__ = [
+    "BYTES_PER_TOKEN", "ORDER", "RangeRef", "SpillLayout", "merge_range", "order_rows", "piece_starts", "pieces_of",
+    "read_order", "read_piece", "read_range", "write_order",
+]  # fmt: skip

@@ -1,0 +1,87 @@
+"""What every stage of one start of a run knows: values that pickle, and no secret."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.store import Store
+from bidbeam.transforms.charging import Baseline
+from bidbeam.transforms.rendering import RenderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """One model of the run: where its files are (None: no tokenizer), and the block that its caches reuse."""
+
+    name: str
+    directory: str | None
+    cache_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """One start of one run. ``start`` counts from 1; each start has scratch of its own, segments are everybody's."""
+
+    run_id: str
+    run_date: date
+    start: int
+    started_at: datetime
+    run_dir: Store
+    ledger: Store
+    render: RenderSpec
+    models: Mapping[str, ModelFacts]
+    pools: tuple[PoolSpec, ...]
+    input_schema: pa.Schema
+    storage: Mapping[str, Mapping[str, Any]]
+    seed: int
+    """Secret of the run's content keys; kept in the journal, which holds the prompts anyway."""
+    rows: int
+    ranges: int
+    rounds: int
+    lot_tokens: int
+    rehearse: bool = False
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    max_cost: Decimal | None = None
+    spent: Decimal = Decimal(0)
+    """USD that earlier starts of the run have spent."""
+    deadline_at: datetime | None = None
+    tags: str | None = None
+    """The job's tags as canonical JSON text."""
+    baseline: Baseline | None = None
+    has_history: bool = False
+    """Whether earlier starts left segments whose answers this one can use."""
+    retry: frozenset[str] = frozenset()
+    source_names: tuple[str, ...] = ()
+    """The input files, by the number that plan rows refer to them with."""
+
+    @property
+    def journal(self) -> Store:
+        return self.run_dir.child("_journal")
+
+    @property
+    def scratch(self) -> Store:
+        """Where this start's plan stands: spilled rows, orders, the market's tables."""
+        return self.journal.child(f"start-{self.start:03d}")
+
+    @property
+    def segments(self) -> Store:
+        return self.scratch.child("segments")
+
+
+_START = re.compile(r"start-(\d+)/")
+
+
+def start_of(name: str) -> int:
+    """The number of the start that wrote a journal file."""
+    match = _START.match(name)
+    if match is None:
+        raise ValueError(f"not a file of a start: {name}")
+    return int(match.group(1))

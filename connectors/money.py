@@ -197,7 +197,7 @@ def _check_magnitude(values: Int64s, limit: int) -> None:
 
 
 def _words(array: pa.Array) -> Int64s:
-    """A decimal128 array as int64[n, 2]: low word (to be read as unsigned), high word. What stands under a NULL is any."""
+    """A decimal128 array as int64[n, 2]: low word (to be read as unsigned), high word. Under a NULL stands anything."""
     buffer = array.buffers()[1]
     if len(array) == 0 or buffer is None:
         return np.zeros((len(array), 2), np.int64)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -32,6 +32,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA
 # Eight bytes each, so that the Arrow buffers behind them stay aligned.
 REQUESTS, RESULTS, CONTROL = b"requests", b"results_", b"control_"
 
+_COUNTERS = ("requests", "finished", "failed", "cancelled", "steps", "input_tokens", "cached_tokens", "output_tokens")
 _MESSAGE_LIMIT = 500
 _NOT_SAMPLING = frozenset({"output_kind", "skip_clone", "output_text_buffer_length", "detokenize", "stream_interval"})
 
@@ -112,21 +113,26 @@ def _constraint(response_format: Any) -> dict[str, Any] | None:
     raise ValueError("sampling key 'response_format' needs a type of text, json_object or json_schema")
 
 
+class _Entry(NamedTuple):
+    """A request that vLLM has: the caller's tag, when it was handed over, its prompt's length, vLLM's own id."""
+
+    tag: int
+    started: datetime
+    length: int
+    internal: str
+
+
 class Host:
     """Drives one vLLM engine from the frames of a channel. Everything runs in the thread that calls ``run``."""
 
     def __init__(self, channel: Connection, inbox: queue.SimpleQueue[bytes | None]) -> None:
         self._channel, self._inbox = channel, inbox
-        self._in_flight: dict[
-            str, tuple[int, datetime, int, str]
-        ] = {}  # external id -> tag, start, tokens, internal id
+        self._engine: Any = None
+        self._in_flight: dict[str, _Entry] = {}  # by attempt id, in hex
         self._params: dict[tuple[str, int | None], Any] = {}
         self._finished: list[dict[str, Any]] = []
         self._closing = False
-        self._counters = dict.fromkeys(
-            ("requests", "finished", "failed", "cancelled", "steps", "input_tokens", "cached_tokens", "output_tokens"),
-            0,
-        )
+        self._counters = dict.fromkeys(_COUNTERS, 0)
 
     def load(self, config: Mapping[str, Any]) -> None:
         """Builds the engine and tells the parent its facts. Raises whatever vLLM raises."""
@@ -204,19 +210,11 @@ class Host:
             strict=True,
         )
         for tag, attempt_id, sampling, max_tokens, salt, tokens in rows:
-            external = attempt_id.hex()
             started = datetime.now(UTC)
             self._counters["requests"] += 1
             try:
-                if external in self._in_flight:
-                    raise ValueError("an attempt with this id is in flight already")
-                if tokens is None:
-                    raise ValueError("the request has no token ids")
-                prompt: dict[str, Any] = {"prompt_token_ids": tokens}
-                if salt is not None:
-                    prompt["cache_salt"] = salt
-                internal = self._engine.add_request(external, prompt, self._sampling(sampling, max_tokens))
-            except Exception as error:  # noqa: BLE001 - whatever vLLM raises for one request concerns that request alone
+                internal = self._hand_over(attempt_id.hex(), tokens, sampling, max_tokens, salt)
+            except Exception as error:  # whatever vLLM raises for one request concerns that request alone
                 self._counters["failed"] += 1
                 self._finished.append(
                     {
@@ -234,7 +232,21 @@ class Host:
                     }
                 )
             else:
-                self._in_flight[external] = (tag, started, len(tokens), internal)
+                self._in_flight[attempt_id.hex()] = _Entry(tag, started, len(tokens or ()), internal)
+
+    def _hand_over(
+        self, attempt: str, tokens: list[int] | None, sampling: str, max_tokens: int | None, salt: str | None
+    ) -> str:
+        """Adds one request; returns vLLM's own id for it. Raises what vLLM raises for a request it does not take."""
+        if attempt in self._in_flight:
+            raise ValueError("an attempt with this id is in flight already")
+        if tokens is None:
+            raise ValueError("the request has no token ids")
+        prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        internal: str = self._engine.add_request(attempt, prompt, self._sampling(sampling, max_tokens))
+        return internal
 
     def _sampling(self, text: str, max_tokens: int | None) -> Any:
         """Parses each distinct sampling text once; vLLM clones what it is given."""
@@ -251,21 +263,20 @@ class Host:
         entry = self._in_flight.pop(output.request_id, None)
         if entry is None:
             return
-        tag, started, length, _ = entry
         samples = sorted(output.outputs, key=lambda sample: sample.index)
         first = samples[0]
         broken = any(sample.finish_reason == "error" for sample in samples)
         row: dict[str, Any] = {
-            "tag": tag,
+            "tag": entry.tag,
             "status": "failed" if broken else "ok",
             "output": first.text,
             "samples": [sample.text for sample in samples] if len(samples) > 1 else None,
             "finish_reason": first.finish_reason,
-            "input_tokens": length,
+            "input_tokens": entry.length,
             "cached_tokens": output.num_cached_tokens,
             "output_tokens": sum(len(sample.token_ids) for sample in samples),
             "usage_source": "reported",
-            "started_at": started,
+            "started_at": entry.started,
             "finished_at": datetime.now(UTC),
         }
         if broken:
@@ -277,20 +288,20 @@ class Host:
 
     def _cancel(self) -> None:
         """Aborts everything in flight; what each had computed by then is its usage."""
-        for external, (tag, started, length, internal) in self._in_flight.items():
+        for attempt, entry in self._in_flight.items():
             self._finished.append(
                 {
-                    "tag": tag,
+                    "tag": entry.tag,
                     "status": "cancelled",
                     "finish_reason": "abort",
-                    **self._computed(internal, length),
+                    **self._computed(entry.internal, entry.length),
                     "usage_source": "reported",
-                    "started_at": started,
+                    "started_at": entry.started,
                     "finished_at": datetime.now(UTC),
                 }
             )
             self._counters["cancelled"] += 1
-            self._engine.abort_request([external])
+            self._engine.abort_request([attempt])
         self._in_flight.clear()
 
     def _computed(self, internal: str, length: int) -> dict[str, int | None]:
@@ -377,7 +388,7 @@ if __name__ == "__main__":
     status = 0
     try:
         main(sys.argv[1:])
-    except BaseException:  # noqa: BLE001 - the log gets it, whatever it is
+    except BaseException:  # the log gets it, whatever it is
         import traceback
 
         traceback.print_exc()

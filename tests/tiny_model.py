@@ -1,4 +1,4 @@
-"""A small random-weight Llama with a trained tokenizer and a chat template: a real model that the engine loads in seconds."""
+"""A small random-weight Llama with a trained tokenizer and a chat template: a real model, loaded in seconds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.schemas import LABEL
 from bidbeam.transforms.prefix import Int64s, cacheable_tokens
 from bidbeam.transforms.run_context import RunContext
 
@@ -32,7 +31,8 @@ LOT = pa.schema(
         pa.field("start", pa.int32()),
         pa.field("end", pa.int32()),
         pa.field("places", pa.large_binary()),  # little-endian uint32 places of the range, in order
-        pa.field("last_error", LABEL),  # the class of error that left it unserved in the round before
+        pa.field("attempt_no", pa.int16()),  # which attempt at each of its requests comes next, from 1
+        pa.field("last_error", pa.string()),  # the class of error that left it unserved in the round before
     ]
 )
 
@@ -122,6 +122,7 @@ def lots_of_places(
                 "start": int(places[start]),
                 "end": int(places[end - 1]) + 1,
                 "places": places[start:end].astype("<u4").tobytes(),
+                "attempt_no": 1,
                 "last_error": None,
             }
         )

@@ -69,11 +69,12 @@ class RunContext:
     @property
     def scratch(self) -> Store:
         """Where this start's plan stands: spilled rows, orders, the market's tables."""
-        return self.journal.child(f"start-{self.start:03d}")
+        return self.journal.child(self.scratch_name)
 
     @property
-    def segments(self) -> Store:
-        return self.scratch.child("segments")
+    def scratch_name(self) -> str:
+        """The scratch, relative to the journal."""
+        return f"start-{self.start:03d}"
 
 
 _START = re.compile(r"start-(\d+)/")

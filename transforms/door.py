@@ -1,0 +1,161 @@
+"""The engine's door: a lot's spilled rows become the request batches that engines take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.engine import REQUEST_FIELDS
+from bidbeam.connectors.schemas import LABEL
+from bidbeam.transforms.lots import lot_places, shared_with_previous
+from bidbeam.transforms.merging import piece_starts, read_order, read_range
+from bidbeam.transforms.prefix import cacheable_tokens
+from bidbeam.transforms.rendering import messages_json, prompt_text, token_lists
+from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.spilling import SpillRef, layout_of
+
+_KEPT_RANGES = 2
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def _constant(value: str | None, rows: int) -> pa.Array:
+    if value is None:
+        return pa.nulls(rows, LABEL)
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value], pa.string()))
+
+
+def attempt_ids(context: RunContext, tags: npt.NDArray[np.int64], attempt_no: int, round_: int) -> pa.Array:
+    """Deterministic 16-byte ids, one per (run, start, round, attempt, place): splitmix64 over a digest of the former.
+
+    They are made from where a request stands, not from what it says, so a ledger gives nothing of a prompt away.
+    """
+    text = f"{context.run_id}|{context.start}|{round_}|{attempt_no}"
+    salt = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], "<u8")
+    halves = np.empty((len(tags), 2), np.uint64)
+    with np.errstate(over="ignore"):
+        for half in range(2):
+            z = tags.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt[half]
+            z = (z ^ (z >> np.uint64(30))) * _MIX[0]
+            z = (z ^ (z >> np.uint64(27))) * _MIX[1]
+            halves[:, half] = z ^ (z >> np.uint64(31))
+    return pa.Array.from_buffers(pa.binary(16), len(tags), [None, pa.py_buffer(halves.tobytes())])
+
+
+def cache_salt(context: RunContext, tenant: str | None) -> str | None:
+    """What keeps one tenant's prefix cache apart from another's; secret with the run's seed."""
+    if tenant is None:
+        return None
+    return hashlib.blake2b(tenant.encode(), key=context.seed.to_bytes(16, "little"), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class LotRequests:
+    """One lot, ready for an engine: ``requests`` (REQUEST_FIELDS) and, row by row, ``info`` for settling."""
+
+    lot_id: str
+    requests: pa.RecordBatch
+    info: pa.RecordBatch
+
+
+class Door:
+    """Builds lots' requests for one worker; keeps the ranges it read last, because lots come in their order."""
+
+    def __init__(self, context: RunContext, spills: Sequence[SpillRef]) -> None:
+        self._context, self._spills = context, spills
+        self._layout = layout_of(context)
+        self._ranges: dict[tuple[int, frozenset[str]], tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]] = {}
+
+    def open(self, lot: dict[str, object], wants: frozenset[str], *, ideal: bool = False) -> LotRequests:
+        """The requests of one row of a LOT table; ``ideal`` adds ``ideal_cached_tokens`` for a stand-in."""
+        context = self._context
+        range_ = int(str(lot["range"]))
+        order, rows, starts = self._range(range_, wants)
+        places = lot_places(bytes(lot["places"]))  # type: ignore[call-overload]  # a binary column of LOT
+        here = order.take(pa.array(places))
+        at = starts[here.column("piece").to_numpy()] + here.column("index").to_numpy()
+        spilled = rows.take(pa.array(at)).combine_chunks()
+        n = len(places)
+        tags = (np.int64(range_) << 32) | places
+        ids = attempt_ids(context, tags, int(str(lot["attempt_no"])), int(str(lot["round"])))
+        tenant = lot["tenant"]
+        columns: dict[str, pa.Array] = {
+            "tag": pa.array(tags),
+            "attempt_id": ids,
+            "input_tokens": _array(spilled, "input_tokens"),
+            "max_tokens": _array(spilled, "max_tokens"),
+            "sampling": _array(spilled, "sampling"),
+            "cache_salt": _constant(cache_salt(context, None if tenant is None else str(tenant)), n),
+        }
+        full = self._rendered(spilled) if wants & {"messages", "prompt"} else None
+        if "tokens" in wants:
+            columns["tokens"] = token_lists(_array(spilled, "key"), int(_array(spilled, "key_width")[0].as_py()))
+        if "messages" in wants and full is not None:
+            columns["messages"] = messages_json(full, context.render)
+        if "prompt" in wants and full is not None:
+            columns["prompt"] = prompt_text(full, context.render)
+        if ideal:
+            block = context.models[str(lot["model"])].cache_block
+            lengths = columns["input_tokens"].to_numpy().astype(np.int64)
+            columns["ideal_cached_tokens"] = pa.array(
+                cacheable_tokens(shared_with_previous(order, places), lengths, block).astype(np.int32)
+            )
+        requests = pa.RecordBatch.from_arrays(
+            [a.cast(REQUEST_FIELDS[k]) if k in REQUEST_FIELDS and a.type != REQUEST_FIELDS[k] else a for k, a in columns.items()],
+            names=list(columns),
+        )
+        attempt_no = int(str(lot["attempt_no"]))
+        info = pa.RecordBatch.from_pydict(
+            {
+                "tag": columns["tag"],
+                "key": here.column("key").combine_chunks(),
+                "attempt_id": ids,
+                "request_id": _array(spilled, "request_id"),
+                "lot_id": _constant(str(lot["lot_id"]), n),
+                "round": pa.array(np.full(n, int(str(lot["round"])), np.int16)),
+                "attempt_no": pa.array(np.full(n, attempt_no, np.int16)),
+                "kind": _constant("primary" if attempt_no == 1 else "retry", n),
+                "input_tokens": columns["input_tokens"],
+                "tokens_exact": _array(spilled, "tokens_exact"),
+                "max_tokens": columns["max_tokens"],
+                "n": _array(spilled, "n").cast(pa.int16()),
+            }
+        )
+        return LotRequests(str(lot["lot_id"]), requests, info)
+
+    def _range(self, range_: int, wants: frozenset[str]) -> tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]:
+        key = (range_, wants)
+        if key not in self._ranges:
+            while len(self._ranges) >= _KEPT_RANGES:
+                del self._ranges[next(iter(self._ranges))]
+            columns = self._columns(wants)
+            rows = read_range(self._context, self._spills, range_, columns).combine_chunks()
+            rows = rows.rename_columns([name.removeprefix("bidbeam:") for name in rows.column_names])
+            self._ranges[key] = (read_order(self._context, range_), rows, piece_starts(self._spills, range_))
+        return self._ranges[key]
+
+    def _columns(self, wants: frozenset[str]) -> list[int] | None:
+        if wants & {"messages", "prompt"}:
+            return None
+        names = ["request_id", "sampling", "input_tokens", "max_tokens", "n", "tokens_exact"]
+        if "tokens" in wants:
+            names += ["key", "key_width"]
+        return sorted(self._layout.index(name) for name in names)
+
+    def _rendered(self, spilled: pa.Table) -> pa.Table:
+        """Input columns under their own names, ours behind them, as rendering reads them."""
+        inputs = self._layout.input_table(spilled)
+        ours = spilled.select(range(len(self._context.input_schema), spilled.num_columns))
+        return pa.Table.from_arrays([*inputs.columns, *ours.columns], names=[*inputs.column_names, *ours.column_names])
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.array([], column.type) if column.num_chunks == 0 else pc.take(column, pa.array(range(len(column))))

@@ -1,0 +1,66 @@
+"""How far a shift is, written beside the journal about once a second, for whoever draws the progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from bidbeam.connectors.errors import StoreError
+from bidbeam.transforms.lane import Lane
+from bidbeam.transforms.run_context import RunContext
+
+_EVERY_S = {True: 1.0, False: 5.0}
+"""Seconds between beats, on a local disk and on an object store."""
+
+
+def name_of(prefix: str) -> str:
+    return f"progress/{prefix}.json"
+
+
+def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
+    """Counts per pool; tokens are None while nothing is known of them."""
+    return {
+        "pools": [
+            {
+                "pool": lane.pool,
+                "model": lane.model,
+                "in_flight": lane.engine_in_flight,
+                "settled": lane.settled,
+                "failed": lane.failed,
+                "input_tokens": lane.input_tokens,
+                "cached_tokens": lane.cached_tokens,
+                "output_tokens": lane.output_tokens,
+                "ideal_cached_tokens": lane.ideal_cached_tokens,
+                "cost": str(lane.cost),
+                "down": lane.down,
+            }
+            for lane in lanes
+        ]
+    }
+
+
+@contextlib.contextmanager
+def of(context: RunContext, prefix: str, lanes: Callable[[], Iterable[Lane]]) -> Iterator[Callable[[], None]]:
+    """Writes a beat now and then until the block ends; the yielded function writes one at once."""
+    lock = threading.Lock()
+    ended = threading.Event()
+
+    def beat() -> None:
+        # Progress is for the eye: a store that stumbles here must not stop the run.
+        with lock, contextlib.suppress(OSError, StoreError, RuntimeError):
+            context.scratch.replace(name_of(prefix), json.dumps(snapshot(list(lanes()))).encode())
+
+    def keep() -> None:
+        while not ended.wait(_EVERY_S[context.scratch.is_local]):
+            beat()
+
+    beater = threading.Thread(target=keep, name="bidbeam-heartbeat", daemon=True)
+    beater.start()
+    try:
+        yield beat
+    finally:
+        ended.set()
+        beater.join()

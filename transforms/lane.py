@@ -1,0 +1,227 @@
+"""A lane: one pool within a shift, with its ordered lots, what it has in flight, and its accelerator's clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.engine import RESULT_SCHEMA, Engine
+from bidbeam.connectors.errors import PoolDown
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.transforms.accelerator_time import AcceleratorMeter
+from bidbeam.transforms.door import LotRequests
+from bidbeam.transforms.engines import clock_ms
+from bidbeam.transforms.settling import Terms, overhead_row, settle
+
+Lot = dict[str, Any]
+"""One row of a LOT table, with ``runner_up``: the pool that gets it when its own goes down."""
+
+
+@dataclass(slots=True)
+class Lane:
+    """Everything a shift knows of one pool and model. Only the shift's thread touches it."""
+
+    pool: str
+    model: str
+    engine: Engine
+    terms: Terms
+    meter: Callable[[], AcceleratorMeter] | None
+    """Set where the pool is paid by time."""
+    open_lot: Callable[[Lot, Engine], LotRequests | None]
+    """A lot's requests that are still to be sent; None where an earlier try has settled them all."""
+    overhead_id: Callable[[int], bytes]
+    """The attempt id of the lane's n-th overhead row."""
+    round: int
+    reserved_ms: int | None = None
+    """The most busy milliseconds that this round may use of the accelerator; None: no bound."""
+    queue: deque[Lot] = field(default_factory=deque)
+    down: str | None = None
+    """Why the pool serves nothing any more."""
+    stopped: str | None = None
+    """Why it gets no more requests in this shift (budget, deadline, interrupted)."""
+    used_ms: int = 0
+    lots: dict[str, Lot] = field(default_factory=dict)
+    submitted: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    ideal_cached_tokens: int = 0
+    output_tokens: int = 0
+    cost: Decimal = Decimal(0)
+    settled: int = 0
+    failed: int = 0
+    _opened: LotRequests | None = None
+    _at: int = 0
+    _outstanding: list[pa.RecordBatch] = field(default_factory=list)
+    _results: list[pa.RecordBatch] = field(default_factory=list)
+    _overheads: int = 0
+    _closed_ms: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing in flight and nothing left to send."""
+        return self.engine_in_flight == 0 and not self.waiting
+
+    @property
+    def engine_in_flight(self) -> int:
+        return 0 if self.down else self.engine.in_flight
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something that it may still send."""
+        return not self.down and not self.stopped and (self._opened is not None or bool(self.queue))
+
+    @property
+    def pending_results(self) -> int:
+        return sum(batch.num_rows for batch in self._results)
+
+    def fill(self) -> None:
+        """Hands the engine the next requests, in lot order, until its window is full. May find the pool down."""
+        try:
+            while self.waiting and (room := self.engine.room) > 0:
+                if self._opened is None:
+                    lot = self.queue.popleft()
+                    self._opened, self._at = self.open_lot(lot, self.engine), 0
+                    if self._opened is None:
+                        continue
+                    self.lots[self._opened.lot_id] = lot
+                part = self._opened.requests.slice(self._at, room)
+                if self.meter is not None and self.engine.in_flight == 0:
+                    self.meter().busy()
+                    self._closed_ms = clock_ms()
+                # Booked as outstanding first: an engine that dies on the way may have begun them.
+                self._outstanding.append(self._opened.info.slice(self._at, room))
+                self._at += part.num_rows
+                self.submitted += part.num_rows
+                if self._at >= self._opened.requests.num_rows:
+                    self._opened = None
+                self.engine.submit(part)
+        except PoolDown as error:
+            self.mark_down(str(error))
+
+    def poll(self) -> None:
+        """Takes what has finished. May find the pool down; what came before its end is kept."""
+        if self.down:
+            return
+        try:
+            for batch in self.engine.poll():
+                if batch.num_rows:
+                    self._results.append(batch)
+        except PoolDown as error:
+            self.mark_down(str(error))
+
+    def mark_down(self, why: str) -> None:
+        self.down = why
+
+    def leftover(self) -> list[tuple[Lot, np.ndarray[Any, np.dtype[np.int64]]]]:
+        """Lots, or the unsent tails of lots, that nobody was asked for: (lot, tags not sent). Empties the queue."""
+        left = []
+        if self._opened is not None:
+            tags = self._opened.info.column("tag").to_numpy()[self._at :]
+            if len(tags):
+                left.append((self.lots[self._opened.lot_id], tags))
+            self._opened = None
+        while self.queue:
+            lot = self.queue.popleft()
+            left.append((lot, all_tags(lot)))
+        return left
+
+    def settle(self, *, final: bool, now: datetime | None = None) -> pa.Table | None:
+        """The SEGMENT rows of everything that finished since the last call, None where nothing did.
+
+        ``final`` closes the books: what is outstanding at a dead pool is booked as failed, and time that no attempt
+        bears as overhead.
+        """
+        now = now or datetime.now(UTC)
+        if final and self.down and self._outstanding:
+            self._results.append(self._died(now))
+        rows: list[pa.RecordBatch] = []
+        busy = idle = 0
+        metered = self.meter is not None and self.terms.price.by_time
+        if metered and self.meter is not None and self.submitted and (self._results or final):
+            meter = self.meter()
+            if self.engine_in_flight == 0:
+                meter.idle()
+            busy, idle = meter.close()
+            self.used_ms += busy
+            self._closed_ms = clock_ms()
+            rows += self._overhead("setup", meter.take_setup(), now)
+            rows += self._overhead("accelerator_idle_second", idle, now)
+        if self._results:
+            results = pa.Table.from_batches(self._results, schema=RESULT_SCHEMA).combine_chunks().to_batches()[0]
+            self._results = []
+            requests = self._match(results)
+            rows.append(settle(requests, results, self.terms, accelerator_ms=busy if metered else None))
+            self._count(rows[-1])
+        elif busy:
+            rows += self._overhead("accelerator_second", busy, now)
+        return pa.Table.from_batches(rows).unify_dictionaries() if rows else None
+
+    def _count(self, rows: pa.RecordBatch) -> None:
+        ok = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
+        self.settled += ok
+        self.failed += rows.num_rows - ok
+        for name in ("input_tokens", "cached_tokens", "output_tokens"):
+            setattr(self, name, getattr(self, name) + int(pc.sum(rows.column(name)).as_py() or 0))
+        self.cost += sum_decimal(rows.column("cost"))
+
+    def over_reserve(self, margin_s: float) -> bool:
+        """Whether the accelerator has run as long as this round reserved, or will have within ``margin_s`` seconds."""
+        if self.reserved_ms is None or self.meter is None or not self.submitted:
+            return False
+        open_ms = clock_ms() - self._closed_ms if self.engine_in_flight else 0
+        return self.used_ms + open_ms + margin_s * 1000 >= self.reserved_ms
+
+    def _overhead(self, meter: Any, millis: int, now: datetime) -> list[pa.RecordBatch]:
+        if millis <= 0 or meter not in self.terms.price.unit_prices:
+            return []
+        self._overheads += 1
+        attempt_id = self.overhead_id(self._overheads)
+        return [overhead_row(self.terms, meter=meter, millis=millis, at=now, attempt_id=attempt_id, round_no=self.round)]
+
+    def _match(self, results: pa.RecordBatch) -> pa.RecordBatch:
+        """What was sent for each result, in the results' order; takes it out of what is outstanding."""
+        sent = pa.Table.from_batches(self._outstanding).unify_dictionaries().combine_chunks().to_batches()[0]
+        tags = sent.column("tag").to_numpy()
+        wanted = results.column("tag").to_numpy()
+        by_tag = np.argsort(tags, kind="stable")
+        found = by_tag[np.searchsorted(tags, wanted, sorter=by_tag)]
+        if len(found) == len(tags):
+            self._outstanding = []
+        else:
+            rest = np.ones(len(tags), bool)
+            rest[found] = False
+            self._outstanding = [sent.filter(pa.array(rest))]
+        return sent if np.array_equal(found, np.arange(len(tags))) else sent.take(pa.array(found))
+
+    def _died(self, now: datetime) -> pa.RecordBatch:
+        """Results for what was outstanding when the pool died, and has no result yet."""
+        answered = [batch.column("tag").to_numpy() for batch in self._results]
+        sent = np.concatenate([batch.column("tag").to_numpy() for batch in self._outstanding])
+        lost = np.setdiff1d(sent, np.concatenate(answered)) if answered else sent
+        columns: Mapping[str, Any] = {
+            "tag": pa.array(lost),
+            "status": pa.repeat("failed", len(lost)),
+            "error_class": pa.repeat("server", len(lost)),
+            "error_message": pa.repeat(f"the pool went down: {self.down}"[:200], len(lost)),
+            "started_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), len(lost)),
+            "finished_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), len(lost)),
+        }
+        return pa.RecordBatch.from_arrays(
+            [columns[f.name] if f.name in columns else pa.nulls(len(lost), f.type) for f in RESULT_SCHEMA],
+            schema=RESULT_SCHEMA,
+        )
+
+
+def all_tags(lot: Lot) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The tags of a lot's requests, ascending."""
+    places = np.frombuffer(lot["places"], "<u4").astype(np.int64)
+    tags: np.ndarray[Any, np.dtype[np.int64]] = (np.int64(lot["range"]) << 32) | places
+    return tags

@@ -1,0 +1,298 @@
+"""A shift: one loop over all the pools that one worker drives in a round, each kept full, each in lot order.
+
+There is no batch and no barrier: whenever an engine has room it gets the next requests of its own queue, whatever the
+other pools are doing. What finishes is settled and journalled as it comes. A pool that dies hands the lots it was not
+asked for yet to their runners-up; what fails goes to the next round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.engine import Engine
+from bidbeam.connectors.errors import Interrupted, PoolDown
+from bidbeam.transforms import heartbeat, stopping
+from bidbeam.transforms.door import Door, LotRequests
+from bidbeam.transforms.engines import Slot, slot_for
+from bidbeam.transforms.journal import SegmentRef, list_segments, read_segment, segment_number, segment_ref, write_segment
+from bidbeam.transforms.lane import Lane, Lot, all_tags
+from bidbeam.transforms.lots import LOT, lot_statistics, shared_with_previous
+from bidbeam.transforms.merging import read_order
+from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.settling import Terms
+from bidbeam.transforms.spilling import SpillRef
+
+_SEGMENT_ROWS = 65_536
+_SEGMENT_S = 2.0
+_TICK_S = 0.25
+_GRACE_S = 10.0
+"""Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
+
+NO_SECOND_TRY = frozenset({"caller", "policy"})
+"""Classes of error that another pool would answer the same way: final at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Award:
+    """One pool's part of a shift: its lots in order (LOT plus ``runner_up``), under terms frozen at the award."""
+
+    pool: str
+    replica: int
+    lots: pa.Table
+    terms: dict[str, Terms]
+    """By model."""
+    reserved_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftTask:
+    """The element that generate works through. Pickles small: lots are references."""
+
+    round: int
+    shift: int
+    awards: tuple[Award, ...]
+    runner_up_terms: dict[tuple[str, str], Terms] = field(default_factory=dict)
+    """Terms of (pool, model) pairs that lots may be handed to."""
+
+    @property
+    def prefix(self) -> str:
+        return f"r{self.round}-s{self.shift:03d}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftResult:
+    """Segments as they are written, in ``segment``; at the end what is left, in ``unserved`` (LOT)."""
+
+    segment: SegmentRef | None = None
+    unserved: pa.Table | None = None
+
+
+class Shift:
+    """Runs one task. ``slot`` gives the engine of (pool, model, replica); a test passes its own."""
+
+    def __init__(
+        self,
+        task: ShiftTask,
+        context: RunContext,
+        spills: Sequence[SpillRef],
+        *,
+        slot: Callable[[str, str, int], Slot] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._task, self._context, self._spills, self._now = task, context, spills, now
+        self._specs = {spec.name: spec for spec in context.pools}
+        self._slot = slot or (lambda pool, model, replica: slot_for(context, self._specs[pool], model, replica))
+        self._wake = threading.Event()
+        self._door = Door(context, spills)
+        self._number = 0
+        self._failed: dict[str, list[tuple[npt.NDArray[np.int64], str]]] = {}
+        self._unsent: list[tuple[Lot, npt.NDArray[np.int64], str | None]] = []
+        self._settled_tags = np.zeros(0, np.int64)
+        self._failed_before: pa.Table | None = None
+        self._lots: dict[str, Lot] = {}
+        self._lanes: dict[tuple[str, str, int], Lane] = {}
+
+    def run(self) -> Iterator[ShiftResult]:
+        """Works until nothing is left or nothing can go on; yields each segment once it is safely on the store."""
+        yield from self._earlier_try()
+        self._open_lanes()
+        last_flush = time.monotonic()
+        stop_at: float | None = None
+        with heartbeat.of(self._context, self._task.prefix, self._lanes.values) as beat:
+            while not all(lane.idle for lane in self._lanes.values()):
+                for lane in list(self._lanes.values()):
+                    lane.fill()
+                for lane in list(self._lanes.values()):
+                    lane.poll()
+                    if lane.down:
+                        self._hand_over(lane)
+                stop_at = self._check_walls(stop_at)
+                pending = sum(lane.pending_results for lane in self._lanes.values())
+                if pending >= _SEGMENT_ROWS or (pending and time.monotonic() - last_flush >= _SEGMENT_S):
+                    yield from self._flush(final=False)
+                    last_flush = time.monotonic()
+                    beat()
+                elif not pending or all(lane.engine.room == 0 or not lane.waiting for lane in self._lanes.values()):
+                    self._wake.wait(_TICK_S)
+                    self._wake.clear()
+            yield from self._flush(final=True)
+            beat()
+        if stopping.requested():
+            raise Interrupted("stopped by a signal; what was settled is kept")
+        yield ShiftResult(unserved=self._unserved())
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def _earlier_try(self) -> Iterator[ShiftResult]:
+        """What an earlier try of this very bundle has settled is not asked again; its segments count as ours."""
+        tags, failed = [], []
+        for name in list_segments(self._context.journal, f"{self._context.scratch_name}/segments/{self._task.prefix}-"):
+            rows, _ = read_segment(self._context.journal, name)
+            self._number = max(self._number, segment_number(name) + 1)
+            tags.append(rows.column("tag").drop_null().to_numpy())
+            failed.append(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
+            yield ShiftResult(segment=segment_ref(self._context.journal, name))
+        if tags:
+            self._settled_tags = np.unique(np.concatenate(tags))
+            self._failed_before = pa.concat_tables(failed)
+
+    def _open_lanes(self) -> None:
+        for award in self._task.awards:
+            for lot in award.lots.to_pylist():
+                lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
+                lane.queue.append(lot)
+                self._lots[lot["lot_id"]] = lot
+        if self._failed_before is not None:
+            self._note_failures(self._failed_before)
+        # A model that does not load is a mistake in the job: found before anything is sent anywhere.
+        for lane in self._lanes.values():
+            if lane.meter is not None:
+                lane.meter()
+
+    def _lane(self, pool: str, model: str, replica: int, terms: Terms, reserved_ms: int | None) -> Lane:
+        key = (pool, model, replica)
+        if key not in self._lanes:
+            slot = self._slot(pool, model, replica)
+            slot.engine.listen(self._wake.set)
+            digest = f"{self._context.run_id}|{self._context.start}|{self._task.prefix}|{pool}|{model}|{replica}"
+            self._lanes[key] = Lane(
+                pool=pool,
+                model=model,
+                engine=slot.engine,
+                terms=terms,
+                meter=slot.meter if terms.price.by_time else None,
+                open_lot=self._open_lot,
+                overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._number}|{number}".encode()).digest()[:16],
+                round=self._task.round,
+                reserved_ms=reserved_ms,
+            )
+        return self._lanes[key]
+
+    def _open_lot(self, lot: Lot, engine: Engine) -> LotRequests | None:
+        if len(self._settled_tags):
+            tags = all_tags(lot)
+            left = tags[~np.isin(tags, self._settled_tags)]
+            if len(left) == 0:
+                return None
+            lot = {**lot, "places": (left & 0xFFFFFFFF).astype("<u4").tobytes()}
+        return self._door.open(lot, engine.wants, ideal=self._context.rehearse)
+
+    # -- during ---------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, lane: Lane) -> None:
+        """Gives what a dead pool was not asked for to the runners-up, as far as they are alive."""
+        for lot, tags in lane.leftover():
+            pool = lot.get("runner_up")
+            terms = self._task.runner_up_terms.get((pool or "", lot["model"]))
+            if pool is None or terms is None:
+                self._unsent.append((lot, tags, "server"))
+                continue
+            moved = {**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes(), "runner_up": None}
+            try:
+                target = self._lane(pool, lot["model"], 0, terms, None)
+            except PoolDown:
+                self._unsent.append((lot, tags, "server"))
+                continue
+            if target.down or target.stopped:
+                self._unsent.append((lot, tags, "server"))
+            else:
+                target.queue.append(moved)
+
+    def _check_walls(self, stop_at: float | None) -> float | None:
+        """Deadline, reserved accelerator time and interruption: who gets no more, and what is cancelled."""
+        deadline = self._context.deadline_at
+        late = deadline is not None and self._now() >= deadline
+        for lane in self._lanes.values():
+            if lane.stopped or lane.down:
+                continue
+            if late:
+                self._stop(lane, "deadline")
+            elif lane.over_reserve(_SEGMENT_S):
+                self._stop(lane, "budget")
+                lane.engine.cancel()
+        if stopping.requested():
+            for lane in self._lanes.values():
+                if not lane.stopped and not lane.down:
+                    self._stop(lane, "interrupted")
+            if stop_at is None:
+                return time.monotonic() + _GRACE_S
+            if time.monotonic() >= stop_at:
+                for lane in self._lanes.values():
+                    if lane.engine_in_flight:
+                        lane.engine.cancel()
+                return time.monotonic() + _GRACE_S
+        return stop_at
+
+    def _stop(self, lane: Lane, why: str) -> None:
+        self._unsent += [(lot, tags, why) for lot, tags in lane.leftover()]
+        lane.stopped = why
+
+    def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
+        parts, terms = [], {}
+        for lane in self._lanes.values():
+            rows = lane.settle(final=final)
+            if rows is not None:
+                parts.append(rows)
+                terms[lane.terms.price.price_id, lane.model] = lane.terms
+        if not parts:
+            return
+        rows = pa.concat_tables(parts).unify_dictionaries()
+        self._note_failures(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
+        prefix = f"{self._context.scratch_name}/segments/{self._task.prefix}"
+        segment = write_segment(self._context.journal, prefix, self._number, rows, terms.values())
+        self._number = segment_number(segment.name) + 1
+        yield ShiftResult(segment=segment)
+
+    def _note_failures(self, rows: pa.Table) -> None:
+        rows = rows.filter(pc.is_valid(rows.column("tag")))
+        if rows.num_rows == 0:
+            return
+        tags = rows.column("tag").to_numpy()
+        lots = rows.column("lot_id").cast(pa.string()).to_pylist()
+        classes = rows.column("error_class").cast(pa.string()).to_pylist()
+        for tag, lot_id, error in zip(tags, lots, classes, strict=True):
+            if error not in NO_SECOND_TRY:
+                self._failed.setdefault(lot_id, []).append((np.array([tag]), error or "server"))
+
+    # -- after ----------------------------------------------------------------------------------------------------
+
+    def _unserved(self) -> pa.Table:
+        """What goes to the next round, as lots: failed requests one attempt further, unsent ones where they were."""
+        rows = []
+        for lot_id, failures in self._failed.items():
+            tags = np.unique(np.concatenate([tags for tags, _ in failures]))
+            rows.append(self._remainder(self._lots[lot_id], tags, failures[-1][1], tried=True))
+        for lot, tags, why in self._unsent:
+            rows.append(self._remainder(lot, tags, why, tried=False))
+        return pa.Table.from_pylist(rows, schema=LOT)
+
+    def _remainder(self, lot: Lot, tags: npt.NDArray[np.int64], why: str | None, *, tried: bool) -> dict[str, Any]:
+        order = read_order(self._context, lot["range"])
+        places = tags & 0xFFFFFFFF
+        here = order.take(pa.array(places))
+        tokens = here.column("input_tokens").to_numpy().astype(np.int64)
+        answer = here.column("max_tokens").to_numpy().astype(np.int64)
+        output = answer * here.column("n").to_numpy().astype(np.int64)
+        block = self._context.models[lot["model"]].cache_block
+        statistics = lot_statistics(tokens, answer, output, shared_with_previous(order, places), block)
+        return {
+            **{field.name: lot[field.name] for field in LOT},
+            **statistics,
+            "round": self._task.round + 1,
+            "start": int(places[0]),
+            "end": int(places[-1]) + 1,
+            "places": places.astype("<u4").tobytes(),
+            "attempt_no": lot["attempt_no"] + (1 if tried else 0),
+            "last_error": why,
+        }

@@ -1,0 +1,367 @@
+"""A double of an OpenAI-compatible endpoint, for tests: true to the wire, deterministic, on loopback.
+
+    with EndpointDouble(["tiny"]) as double:
+        pool = ...  # base_url: double.base_url
+        ...
+        assert len(double.served) == 10
+
+It answers like a vLLM server, counts tokens by words, and can be scripted to fail in every way an endpoint fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Literal
+
+_WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "ledge")
+_LONGEST_ANSWER = 16
+CACHE_BLOCK = 4
+"""Tokens to a block of the double's prefix cache; hits are whole blocks and never the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """How one request is answered. As it stands: the true answer, at once.
+
+    ``body`` stands in for the true answer; ``delay_s`` holds it back; ``cut`` breaks the connection in the middle of
+    the body (``truncate``) or before any of it (``reset``); ``drop`` names top-level fields to leave out of the true
+    answer; ``merge`` adds or replaces some.
+    """
+
+    status: int = 200
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    delay_s: float = 0.0
+    cut: Literal["truncate", "reset"] | None = None
+    drop: tuple[str, ...] = ()
+    merge: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def error(
+        cls, status: int, message: str = "no", code: object = None, headers: Mapping[str, str] | None = None
+    ) -> Reply:
+        """An error as providers send it."""
+        error = {"message": message, "type": "error", "code": status if code is None else code}
+        return cls(status, _json({"error": error}), headers or {})
+
+    @classmethod
+    def error_inside(cls, code: object, message: str = "no") -> Reply:
+        """An error in the body of a 200, as routers send it once generation has begun."""
+        return cls(200, _json({"error": {"code": code, "message": message}}))
+
+    @classmethod
+    def garbage(cls, body: bytes = b"<html>It works!</html>", content_type: str = "text/html") -> Reply:
+        """A 200 that is no answer."""
+        return cls(200, body, {"Content-Type": content_type})
+
+    @classmethod
+    def slow(cls, delay_s: float) -> Reply:
+        """The true answer, late."""
+        return cls(delay_s=delay_s)
+
+
+OK = Reply()
+TRUNCATED = Reply(cut="truncate")
+RESET = Reply(cut="reset")
+NO_USAGE = Reply(drop=("usage",))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One request as it came in. ``body`` is what was sent, ``number`` counts from 0, ``connection`` names the socket
+    it came on, ``concurrent`` is how many were being answered at that time, itself included.
+    """
+
+    number: int
+    path: str
+    headers: Mapping[str, str]
+    body: Mapping[str, Any]
+    raw: bytes
+    connection: int
+    concurrent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The double's own books: what it counted for one true answer that went out whole. ``request`` is X-Request-Id."""
+
+    request: str
+    model: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+Behaviour = Reply | Sequence[Reply] | Callable[[Seen], Reply]
+"""One reply for all; replies for the first requests, after which the true answer follows; or a choice by request."""
+
+
+class EndpointDouble:
+    """A context manager that serves ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models`` on a free port.
+
+    The answer is drawn from a digest of the prompt, within ``max_tokens``. ``api_key``: the bearer that must come, else
+    401. ``count_tokens``: text to token count instead of words. ``report_cached``: whether usage tells cached tokens.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        behaviour: Behaviour = OK,
+        *,
+        api_key: str | None = None,
+        count_tokens: Callable[[str], int] | None = None,
+        report_cached: bool = True,
+        port: int = 0,
+    ) -> None:
+        self.models = tuple(models)
+        self.requests: list[Seen] = []
+        self.served: list[Served] = []
+        self.connections = 0
+        self.max_concurrent = 0
+        self._behaviour = behaviour
+        self._api_key = api_key
+        self._count = count_tokens or (lambda text: len(text.split()))
+        self._report_cached = report_cached
+        self._cache: set[bytes] = set()
+        self._concurrent = 0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._server = _Server(("127.0.0.1", port), self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def base_url(self) -> str:
+        """Where it serves, ``/v1`` included."""
+        return f"http://{self.host}/v1"
+
+    @property
+    def host(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> EndpointDouble:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops serving and frees the port; requests that are being held back are dropped."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+    # What follows is called by the handler's threads.
+
+    def _connected(self) -> int:
+        with self._lock:
+            self.connections += 1
+            return self.connections
+
+    def _enter(self, path: str, headers: Mapping[str, str], raw: bytes, connection: int) -> Seen:
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            body = {}
+        with self._lock:
+            self._concurrent += 1
+            self.max_concurrent = max(self.max_concurrent, self._concurrent)
+            seen = Seen(
+                len(self.requests),
+                path,
+                headers,
+                body if isinstance(body, dict) else {},
+                raw,
+                connection,
+                self._concurrent,
+            )
+            self.requests.append(seen)
+        return seen
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._concurrent -= 1
+
+    def _reply(self, seen: Seen) -> tuple[Reply, Served | None]:
+        """The reply with its body, and what to book once it went out."""
+        if self._api_key is not None and seen.headers.get("authorization") != f"Bearer {self._api_key}":
+            return Reply.error(401, "Incorrect API key provided."), None
+        scripted = self._scripted(seen)
+        if scripted.body is not None:
+            return scripted, None
+        document, served = self._answer(seen)
+        if served is None:
+            return Reply.error(document["code"], document["message"]), None
+        document = {name: value for name, value in document.items() if name not in scripted.drop}
+        return replace(scripted, body=_json({**document, **scripted.merge})), None if scripted.cut else served
+
+    def _scripted(self, seen: Seen) -> Reply:
+        if isinstance(self._behaviour, Reply):
+            return self._behaviour
+        if callable(self._behaviour):
+            return self._behaviour(seen)
+        return self._behaviour[seen.number] if seen.number < len(self._behaviour) else OK
+
+    def _answer(self, seen: Seen) -> tuple[dict[str, Any], Served | None]:
+        body = seen.body
+        chat = seen.path == "/v1/chat/completions"
+        if not chat and seen.path != "/v1/completions":
+            return {"code": 404, "message": "Not Found"}, None
+        model = body.get("model")
+        if model not in self.models:
+            return {"code": 404, "message": f"The model {model!r} does not exist."}, None
+        text = _prompt(body, chat)
+        n, limit = body.get("n", 1), body.get("max_tokens", _LONGEST_ANSWER)
+        if not text or not _positive(n) or not _positive(limit):
+            return {"code": 400, "message": "The request is not valid."}, None
+        prompt_tokens = self._count(text)
+        cached = self._hit(str(body.get("cache_salt", "")), text, prompt_tokens)
+        answers = [_words(text, sample, limit) for sample in range(n)]
+        output_tokens = sum(self._count(answer) for answer in answers)
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+        }
+        if self._report_cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        document = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{hashlib.sha256(seen.raw).hexdigest()[:16]}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": [
+                {
+                    "index": index,
+                    "finish_reason": "length" if len(answer.split()) == limit else "stop",
+                    "logprobs": None,
+                }
+                | ({"message": {"role": "assistant", "content": answer}} if chat else {"text": answer})
+                for index, answer in enumerate(answers)
+            ],
+            "usage": usage,
+        }
+        served = Served(seen.headers.get("x-request-id", ""), str(model), prompt_tokens, cached, output_tokens)
+        return document, served
+
+    def _hit(self, salt: str, text: str, prompt_tokens: int) -> int:
+        """Tokens of the prompt's beginning that earlier prompts of the same salt brought in, by words."""
+        words = text.split()
+        digest = hashlib.sha256(salt.encode())
+        hit, unbroken = 0, True
+        with self._lock:
+            for end in range(CACHE_BLOCK, len(words) + 1, CACHE_BLOCK):
+                digest.update("\0".join(words[end - CACHE_BLOCK : end]).encode("utf-8", "replace"))
+                block = digest.digest()
+                unbroken = unbroken and block in self._cache
+                if unbroken and end < len(words):
+                    hit = end
+                self._cache.add(block)
+        return min(hit, max(0, prompt_tokens - 1))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512
+
+    def __init__(self, address: tuple[str, int], double: EndpointDouble) -> None:
+        self.double = double
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stays silent: clients that hang up are part of what is tested."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # so that headers and body leave in one piece
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self._connection = self.server.double._connected()
+
+    def do_GET(self) -> None:
+        double = self.server.double
+        if self.path == "/v1/models":
+            data = [{"id": model, "object": "model", "owned_by": "double"} for model in double.models]
+            self._send(Reply(body=_json({"object": "list", "data": data})))
+        else:
+            self._send(Reply.error(404, "Not Found"))
+
+    def do_POST(self) -> None:
+        double = self.server.double
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        seen = double._enter(self.path, headers, raw, self._connection)
+        try:
+            reply, served = double._reply(seen)
+            if reply.delay_s:
+                double._stopping.wait(reply.delay_s)
+            if served is not None and not double._stopping.is_set():
+                with double._lock:
+                    double.served.append(served)
+        finally:
+            double._leave()
+        self._send(reply)
+
+    def _send(self, reply: Reply) -> None:
+        if reply.cut == "reset":
+            # Lingering for zero seconds makes the close a reset.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = reply.body or b""
+        self.send_response(reply.status)
+        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if reply.cut == "truncate" else body)
+        self.wfile.flush()
+        if reply.cut == "truncate":
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
+        """Says nothing: a test's output is its own."""
+
+
+def _json(document: object) -> bytes:
+    return json.dumps(document).encode()
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _prompt(body: Mapping[str, Any], chat: bool) -> str:
+    if not chat:
+        prompt = body.get("prompt")
+        return prompt if isinstance(prompt, str) else ""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return ""
+    return "\n".join(str(each.get("content", "")) for each in messages if isinstance(each, dict))
+
+
+def _words(text: str, sample: int, limit: int) -> str:
+    digest = hashlib.sha256(f"{sample}\0{text}".encode("utf-8", "replace")).digest()
+    length = 1 + digest[0] % min(limit, _LONGEST_ANSWER)
+    return " ".join(_WORDS[byte % len(_WORDS)] for byte in digest[1 : 1 + length])

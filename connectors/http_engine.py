@@ -1,0 +1,384 @@
+"""The engine of a remote pool: an async client for OpenAI-compatible endpoints.
+
+All HTTP engines of a process share one event loop on one thread. The shift's thread only appends to a queue and takes
+finished rows. Nothing is retried here: the round owns the retry budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import aiohttp
+import pyarrow as pa
+
+from bidbeam.connectors.engine import RESULT_SCHEMA
+from bidbeam.connectors.errors import ConfigError, PoolDown
+from bidbeam.connectors.http_transport import (
+    CONNECT_S,
+    LOOP,
+    endpoint,
+    failure,
+    open_session,
+    read_body,
+    transport_failure,
+)
+from bidbeam.connectors.http_wire import (
+    UNSENT,
+    Outcome,
+    Sampling,
+    SamplingError,
+    pointer,
+    provider_message,
+    read_answer,
+    read_json,
+    read_sampling,
+    request_body,
+)
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.secrets import read_key
+
+DEFAULT_CONCURRENCY = 16
+MAX_ANSWER_BYTES = 32 * 2**20
+DOWN_AFTER = 5
+"""Connections that fail in a row before the pool counts as down."""
+DRAIN_S = 30.0
+"""How long what is in flight may still take to end once a pool is down: it may have been paid for."""
+LONGEST_PAUSE_S = 60.0
+"""The most that an endpoint's ``Retry-After`` holds back the requests that follow."""
+_CLOSE_S = 5.0
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class _Job:
+    tag: int
+    started_at: datetime
+    attempt: str
+    chat: bool
+    prompt_text: str
+    n: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    tag: int
+    started_at: datetime
+    finished_at: datetime
+    outcome: Outcome
+
+
+class HttpEngine:
+    """Implements ``Engine`` for one model at one OpenAI-compatible endpoint.
+
+    A row with ``messages`` goes to ``/chat/completions``, one with ``prompt`` to ``/completions``, at most
+    ``capacity.concurrency`` (16) at a time, begun in order. ``started_at`` is when ``submit`` took the row.
+
+    The pool is down, and ``poll`` raises PoolDown once everything has come back, when the endpoint refuses us as such
+    (key, funds, model name, address), when ``down_after`` connections in a row fail, or when two windows of requests
+    in a row get no answer. What was not sent by then comes back as ``cancelled`` with usage 0; of what is cancelled in
+    flight the usage is unknown.
+
+    Raises ConfigError on construction: unknown model or profile, wrong address, unset key.
+    """
+
+    wants: frozenset[str] = frozenset({"messages", "prompt"})
+
+    def __init__(
+        self,
+        spec: PoolSpec,
+        model: str,
+        *,
+        now: Callable[[], datetime] = _now,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        down_after: int = DOWN_AFTER,
+        drain_s: float = DRAIN_S,
+    ) -> None:
+        if model not in spec.models:
+            near = difflib.get_close_matches(model, spec.models, n=1)
+            raise ConfigError(
+                f"pool {spec.name} does not serve model {model!r}",
+                key=f"pools.{spec.name}.models",
+                expected=" or ".join(spec.models),
+                nearest=near[0] if near else None,
+            )
+        self._name = spec.name
+        self._model = spec.models[model]
+        self._endpoint = endpoint(spec)
+        self._timeout_s = spec.timeout_s
+        self._concurrency = spec.capacity.concurrency or DEFAULT_CONCURRENCY
+        self._now = now
+        self._max_answer_bytes = max_answer_bytes
+        self._down_after = down_after
+        self._drain_s = drain_s
+        self._urls = {True: self._endpoint.url("chat/completions"), False: self._endpoint.url("completions")}
+        key = read_key(spec)
+        self._secrets: tuple[str, ...] = (key,) if key else ()
+
+        # Touched by the shift's thread alone.
+        self._in_flight = 0
+        self._closed = False
+        # Shared: appended to by the loop's thread, taken by the shift's.
+        self._lock = threading.Lock()
+        self._settled: list[_Settled] = []
+        self._down: str | None = None
+        self._wake: Callable[[], None] = lambda: None
+        # Touched by the loop's thread alone.
+        self._queue: deque[_Job] = deque()
+        self._active: dict[asyncio.Task[Outcome], _Job] = {}
+        self._unconnected = 0
+        self._unanswered = 0
+        self._paused_until = 0.0
+        self._resuming: asyncio.TimerHandle | None = None
+        self._loop = LOOP.get()
+        self._session: aiohttp.ClientSession = LOOP.run(self._open(spec, key), CONNECT_S)
+
+    def __repr__(self) -> str:
+        return f"HttpEngine({self._name!r}, {self._endpoint.host!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an engine lives in one process: pickle its PoolSpec instead")
+
+    async def _open(self, spec: PoolSpec, key: str | None) -> aiohttp.ClientSession:
+        return open_session(self._endpoint, spec, key, self._concurrency)
+
+    # The shift's side.
+
+    @property
+    def room(self) -> int:
+        # Twice the concurrency: the queue bridges the time until the shift comes round again.
+        return 0 if self._closed or self._down else max(0, 2 * self._concurrency - self._in_flight)
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    def submit(self, requests: pa.RecordBatch) -> None:
+        if self._down or self._closed:
+            raise PoolDown(self._down or f"pool {self._name}: its engine is closed")
+        started_at = self._now()
+        jobs: list[_Job] = []
+        refused: list[_Settled] = []
+        for row in self._rows(requests):
+            made = self._job(row, started_at)
+            if isinstance(made, _Job):
+                jobs.append(made)
+            else:
+                refused.append(_Settled(row["tag"], started_at, started_at, made))
+        self._in_flight += len(jobs) + len(refused)
+        self._loop.call_soon_threadsafe(self._take, jobs, refused)
+
+    def poll(self) -> list[pa.RecordBatch]:
+        with self._lock:
+            settled, self._settled = self._settled, []
+        self._in_flight -= len(settled)
+        if self._down and self._in_flight == 0 and not self._closed:
+            if not settled:
+                raise PoolDown(self._down)
+            self._wake()  # so that the caller comes back to learn that the pool is down
+        return [_batch(settled, self._endpoint.host)] if settled else []
+
+    def cancel(self) -> None:
+        self._loop.call_soon_threadsafe(self._give_up)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(FutureTimeout):  # a connection that does not close dies with the process
+            LOOP.run(self._shut(), _CLOSE_S)
+
+    def _rows(self, requests: pa.RecordBatch) -> list[dict[str, Any]]:
+        wanted = ("tag", "attempt_id", "max_tokens", "sampling", "cache_salt", "messages", "prompt")
+        return requests.select([name for name in wanted if name in requests.schema.names]).to_pylist()  # type: ignore[no-any-return]
+
+    def _job(self, row: dict[str, Any], started_at: datetime) -> _Job | Outcome:
+        messages, prompt = row.get("messages"), row.get("prompt")
+        if messages is None and prompt is None:
+            return _refused("the request holds neither messages nor a prompt")
+        try:
+            sampling: Sampling = read_sampling(row["sampling"], self._endpoint.profile.max_tokens_field)
+        except SamplingError as error:
+            return _refused(str(error))
+        body = request_body(
+            self._endpoint.profile,
+            self._model,
+            messages=messages,
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=row["max_tokens"],
+            cache_salt=row.get("cache_salt"),
+        )
+        chat = messages is not None
+        return _Job(row["tag"], started_at, row["attempt_id"].hex(), chat, messages or prompt or "", sampling.n, body)
+
+    # The loop's side.
+
+    def _take(self, jobs: list[_Job], refused: list[_Settled]) -> None:
+        self._queue.extend(jobs)
+        self._hand_out(refused)
+        if self._down:
+            self._drop_queue()
+        self._pump()
+
+    def _pump(self) -> None:
+        """Begins as many requests, in order, as the concurrency allows."""
+        pause = self._paused_until - self._loop.time()
+        if pause > 0 and self._queue:
+            if self._resuming is not None:
+                self._resuming.cancel()
+            self._resuming = self._loop.call_later(pause, self._pump)
+            return
+        while self._queue and len(self._active) < self._concurrency:
+            job = self._queue.popleft()
+            task = self._loop.create_task(self._ask(job))
+            self._active[task] = job
+            task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Outcome]) -> None:
+        job = self._active.pop(task)
+        if task.cancelled():
+            outcome = Outcome("cancelled")
+        elif (error := task.exception()) is not None:
+            # Ours, not the endpoint's: say what it was without its text, which may hold anything.
+            outcome = failure("server", f"the client failed with {type(error).__name__}")
+        else:
+            outcome = task.result()
+        self._watch(outcome)
+        self._hand_out([_Settled(job.tag, job.started_at, self._now(), outcome)])
+        self._pump()
+
+    def _watch(self, outcome: Outcome) -> None:
+        """Learns from how a request ended whether the pool is still there, and whether it wants a pause."""
+        if outcome.http_status is not None:
+            self._unconnected = self._unanswered = 0
+        elif outcome.status == "failed":
+            self._unanswered += 1
+        if outcome.error_class == "auth_funds" or self._unconnected >= self._down_after:
+            self._fall(outcome.error_message or "unusable")
+        elif self._unanswered >= max(2 * self._concurrency, self._down_after):
+            self._fall(f"{self._unanswered} requests in a row got no answer")
+        if outcome.retry_after_s:
+            until = self._loop.time() + min(outcome.retry_after_s, LONGEST_PAUSE_S)
+            self._paused_until = max(self._paused_until, until)
+
+    def _fall(self, why: str) -> None:
+        if self._down is None:
+            self._down = f"pool {self._name} at {self._endpoint.host} is down: {why}"
+            self._drop_queue()
+            self._loop.call_later(self._drain_s, self._cancel_active)
+
+    def _drop_queue(self) -> None:
+        at = self._now()
+        self._hand_out([_Settled(job.tag, job.started_at, at, UNSENT) for job in self._queue])
+        self._queue.clear()
+
+    def _cancel_active(self) -> None:
+        for task in list(self._active):
+            task.cancel()
+
+    def _give_up(self) -> None:
+        self._drop_queue()
+        self._cancel_active()
+
+    def _hand_out(self, settled: list[_Settled]) -> None:
+        if settled:
+            with self._lock:
+                self._settled.extend(settled)
+            self._wake()
+
+    async def _shut(self) -> None:
+        self._queue.clear()
+        self._cancel_active()
+        if self._active:
+            await asyncio.wait(list(self._active))
+        await self._session.close()
+
+    async def _ask(self, job: _Job) -> Outcome:
+        try:
+            async with self._session.post(
+                self._urls[job.chat],
+                data=job.body,
+                headers={"X-Request-Id": job.attempt},
+                allow_redirects=False,
+            ) as response:
+                status = response.status
+                body = await read_body(response, self._max_answer_bytes)
+                if body is None:
+                    return failure("bad_output", f"the answer is larger than {self._max_answer_bytes} bytes", status)
+                return read_answer(
+                    self._endpoint.profile,
+                    status,
+                    {name.lower(): value for name, value in response.headers.items()},
+                    body,
+                    chat=job.chat,
+                    n=job.n,
+                    prompt_text=job.prompt_text,
+                    secrets=self._secrets,
+                    now=self._now,
+                )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return self._no_answer(error)
+
+    def _no_answer(self, error: Exception) -> Outcome:
+        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
+            self._unconnected += 1
+        return transport_failure(error, self._timeout_s)
+
+
+def _refused(message: str) -> Outcome:
+    return failure("caller", message, sent=False)
+
+
+def _batch(settled: list[_Settled], host: str) -> pa.RecordBatch:
+    columns: dict[str, list[Any]] = {
+        name: [getattr(each.outcome, name) for each in settled] for name in Outcome.__dataclass_fields__
+    }
+    columns["tag"] = [each.tag for each in settled]
+    columns["started_at"] = [each.started_at for each in settled]
+    columns["finished_at"] = [each.finished_at for each in settled]
+    columns["endpoint_host"] = [host] * len(settled)
+    return pa.RecordBatch.from_pydict({name: columns[name] for name in RESULT_SCHEMA.names}, schema=RESULT_SCHEMA)
+
+
+def list_models(spec: PoolSpec) -> list[str]:
+    """The names of the models that a pool's endpoint says it serves. Raises PoolDown where it does not answer as it
+    should, ConfigError where the pool is misconfigured.
+    """
+    where = endpoint(spec)
+    key = read_key(spec)
+
+    async def ask() -> tuple[int, bytes | None]:
+        async with (
+            open_session(where, spec, key, 1) as session,
+            session.get(where.url("models"), allow_redirects=False) as response,
+        ):
+            return response.status, await read_body(response, MAX_ANSWER_BYTES)
+
+    at = f"pool {spec.name} at {where.host}"
+    try:
+        status, body = LOOP.run(ask(), spec.timeout_s + _CLOSE_S)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise PoolDown(f"{at}: {transport_failure(error, spec.timeout_s).error_message}") from None
+    document = read_json(body or b"")
+    listed = pointer(document, "/data")
+    if status != 200 or not isinstance(listed, list):
+        said = provider_message(pointer(document, "/error"), "", (key,) if key else ())
+        raise PoolDown(f"{at} does not list its models ({status}{': ' + said if said else ''})")
+    names = (pointer(each, "/id") for each in listed)
+    return [name for name in names if isinstance(name, str)]

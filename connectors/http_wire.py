@@ -1,0 +1,432 @@
+"""The OpenAI-compatible wire as pure functions: a request to its body, an answer to its outcome.
+
+Nothing here does I/O, and nothing here raises on what a provider sends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any, Literal
+
+from bidbeam.connectors.profiles import ErrorClass, ErrorRule, Profile
+from bidbeam.connectors.secrets import mask
+
+MESSAGE_CHARS = 200
+ECHO_CHARS = 20
+"""A provider's message that repeats this many characters of the prompt is left out."""
+_MESSAGE_READ = 1_000
+"""How much of a provider's message is looked at, so that a huge one costs nothing."""
+_OURS = frozenset({"model", "messages", "prompt", "stream", "stream_options", "cache_salt"})
+"""Body fields that are never taken from sampling: they would change what is asked, or how it is answered."""
+_INT64_MAX = 2**63 - 1
+_COST_PLACES = Decimal(1).scaleb(-18)
+_COST_CONTEXT = Context(prec=60, rounding=ROUND_HALF_EVEN)
+_ID = re.compile(r"[!-~]{1,128}")
+_WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one request ended, in the terms of RESULT_SCHEMA. Counts are tokens; None is unknown or not reported."""
+
+    status: Literal["ok", "failed", "cancelled"]
+    error_class: ErrorClass | None = None
+    error_message: str | None = None
+    http_status: int | None = None
+    output: str | None = None
+    samples: list[str] | None = None
+    finish_reason: str | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    usage_source: str | None = None
+    provider_request_id: str | None = None
+    provider_cost: Decimal | None = None
+    retry_after_s: float | None = None
+
+
+UNSENT = Outcome("cancelled", input_tokens=0, cached_tokens=0, output_tokens=0, usage_source="recount")
+"""A request that was given up before a byte of it left: it used nothing, and that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A canonical sampling object taken apart: ``fields`` is its members as JSON text, numbers as they were written."""
+
+    fields: str
+    n: int
+
+
+class SamplingError(ValueError):
+    """Sampling that no request can carry."""
+
+
+@lru_cache(maxsize=4096)
+def read_sampling(text: str | None, max_tokens_field: str) -> Sampling:
+    """Takes ``text`` apart, without ``max_tokens``, which the request's own column decides. Raises SamplingError."""
+    kept: list[str] = []
+    n = 1
+    for name, value in _members(text or "{}"):
+        if name in _OURS:
+            raise SamplingError(f"sampling may not set {name!r}")
+        if name in ("max_tokens", max_tokens_field):
+            continue
+        if name == "n":
+            if not value.isdecimal() or int(value) < 1:
+                raise SamplingError("sampling: n is not a positive whole number")
+            n = int(value)
+        kept.append(f"{json.dumps(name)}:{value}")
+    return Sampling(",".join(kept), n)
+
+
+def _members(text: str) -> list[tuple[str, str]]:
+    """The members of a JSON object with each value's own text, so that 0.10 stays 0.10."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        return space.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches the empty text too
+
+    members: list[tuple[str, str]] = []
+    try:
+        at = skip(0)
+        if text[at] != "{":
+            raise SamplingError("sampling is not a JSON object")
+        at = skip(at + 1)
+        while text[at] != "}":
+            name, at = decoder.raw_decode(text, at)
+            at = skip(at)
+            if not isinstance(name, str) or text[at] != ":":
+                raise SamplingError("sampling is not a JSON object")
+            start = skip(at + 1)
+            _, at = decoder.raw_decode(text, start)
+            members.append((name, text[start:at]))
+            at = skip(at)
+            if text[at] == ",":
+                at = skip(at + 1)
+            elif text[at] != "}":
+                raise SamplingError("sampling is not a JSON object")
+        if skip(at + 1) != len(text):
+            raise SamplingError("sampling is not a JSON object")
+    except (json.JSONDecodeError, IndexError, RecursionError):
+        raise SamplingError("sampling is not a JSON object") from None
+    return members
+
+
+def request_body(
+    profile: Profile,
+    model: str,
+    *,
+    messages: str | None,
+    prompt: str | None,
+    sampling: Sampling,
+    max_tokens: int,
+    cache_salt: str | None,
+) -> bytes:
+    """The JSON body. ``messages`` is JSON text and goes in as it is; ``prompt`` is the raw text."""
+    asked = f'"messages":{messages}' if messages is not None else f'"prompt":{json.dumps(prompt)}'
+    parts = [f'"model":{json.dumps(model)}', asked, f"{json.dumps(profile.max_tokens_field)}:{max_tokens}"]
+    if sampling.fields:
+        parts.append(sampling.fields)
+    if cache_salt is not None and profile.takes_cache_salt:
+        parts.append(f'"cache_salt":{json.dumps(cache_salt)}')
+    return ("{" + ",".join(parts) + "}").encode("utf-8", "replace")
+
+
+def read_answer(
+    profile: Profile,
+    http_status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    chat: bool,
+    n: int,
+    prompt_text: str,
+    secrets: Sequence[str],
+    now: Callable[[], datetime],
+) -> Outcome:
+    """What an answer amounts to: ``ok`` only with ``n`` well-formed samples; usage is kept whenever it is reported,
+    for a bad answer is charged too. ``headers`` has lower-case names. Never raises.
+    """
+    document = read_json(body)
+    base = Outcome(
+        "failed",
+        http_status=http_status,
+        provider_request_id=_request_id(profile, headers, document, secrets),
+        provider_cost=_cost(pointer(document, profile.usage.cost)),
+        **_usage(profile, document),
+    )
+
+    def failed(error_class: ErrorClass, message: str) -> Outcome:
+        after = retry_after_s(profile, headers, now)
+        return replace(base, error_class=error_class, error_message=message[:MESSAGE_CHARS], retry_after_s=after)
+
+    def theirs(status: int, error: object) -> str:
+        said = provider_message(error, prompt_text, secrets)
+        return (
+            f"{status}: {said}" if said else f"{status}: {_EXPLAINED.get(status, 'the endpoint gave no usable reason')}"
+        )
+
+    if not 200 <= http_status < 300:
+        return failed(classify(profile, http_status, document), theirs(http_status, _error_of(document)))
+    if document is _GARBAGE:
+        kind = provider_message(headers.get("content-type", "").partition(";")[0], prompt_text, secrets)
+        return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {len(body)} bytes)")
+    error = _error_of(document)
+    if error is not None:
+        inner = _status_of(error)
+        if inner is None:
+            return failed(_by_rules(profile, None, document) or "bad_output", theirs(http_status, error))
+        return failed(classify(profile, inner, document), theirs(inner, error))
+    return _read_choices(document, base, failed, chat=chat, n=n)
+
+
+def _read_choices(
+    document: object, base: Outcome, failed: Callable[[ErrorClass, str], Outcome], *, chat: bool, n: int
+) -> Outcome:
+    choices = pointer(document, "/choices")
+    if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
+        return failed("bad_output", "the answer holds no list of choices")
+    if len(choices) < n:
+        return failed("bad_output", f"the answer holds {len(choices)} choices of {n}")
+    ordered = sorted(choices, key=lambda choice: _whole(choice.get("index")) or 0)[:n]
+    texts: list[str] = []
+    for choice in ordered:
+        text = pointer(choice, "/message/content") if chat else choice.get("text")
+        if not isinstance(text, str):
+            reason = choice.get("finish_reason")
+            if reason == "content_filter" or isinstance(pointer(choice, "/message/refusal"), str):
+                return failed("policy", "the endpoint refused to answer this content")
+            return failed("bad_output", "a choice of the answer holds no text")
+        texts.append(whole_text(text))
+    reason = ordered[0].get("finish_reason")
+    return replace(
+        base,
+        status="ok",
+        output=texts[0],
+        samples=texts if n > 1 else None,
+        finish_reason=reason if isinstance(reason, str) and _WORD.fullmatch(reason) else None,
+    )
+
+
+_EXPLAINED = {
+    301: "the endpoint redirects; set base_url to its present address",
+    302: "the endpoint redirects; set base_url to its present address",
+    307: "the endpoint redirects; set base_url to its present address",
+    308: "the endpoint redirects; set base_url to its present address",
+    401: "the endpoint refuses the key",
+    402: "the endpoint's account has no funds",
+    403: "the endpoint forbids this",
+    404: "the endpoint knows no such model or path; check base_url and models",
+    408: "the endpoint timed out",
+    429: "the endpoint asks to slow down",
+    503: "the endpoint has no capacity",
+}
+
+
+def classify(profile: Profile, http_status: int, document: object = None) -> ErrorClass:
+    """The class of an error by the profile's rules; where none matches ``server`` from 500 up, else ``caller``."""
+    return _by_rules(profile, http_status, document) or ("server" if http_status >= 500 else "caller")
+
+
+def _by_rules(profile: Profile, http_status: int | None, document: object) -> ErrorClass | None:
+    for rule in profile.error_map:
+        if _matches(rule, http_status, document):
+            return rule.error_class
+    return None
+
+
+def _matches(rule: ErrorRule, http_status: int | None, document: object) -> bool:
+    if http_status is None and not rule.contains:
+        return False
+    if rule.statuses and http_status is not None and http_status not in rule.statuses:
+        return False
+    if not rule.contains:
+        return True
+    texts = (pointer(document, each) for each in rule.pointers)
+    return any(isinstance(text, str) and rule.contains in text.lower() for text in texts)
+
+
+def provider_message(error: object, prompt_text: str, secrets: Iterable[str]) -> str:
+    """What the provider says went wrong, fit for a ledger: one line, cut short, keys masked; empty where it says
+    nothing or repeats a piece of the prompt.
+    """
+    if isinstance(error, dict):
+        error = next((error[name] for name in ("message", "detail", "code") if isinstance(error.get(name), str)), None)
+    if not isinstance(error, str):
+        return ""
+    line = _one_line(error[:_MESSAGE_READ])
+    if _echoes(line, prompt_text):
+        return ""
+    return mask(whole_text(line), secrets)[:MESSAGE_CHARS]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_CONTROLS.sub(" ", text).split())
+
+
+def _echoes(line: str, prompt_text: str) -> bool:
+    """Whether ``line`` repeats 20 characters of the prompt, or all of a shorter one, as it is or escaped as JSON."""
+    for told in _prompt_strings(prompt_text):
+        for shape in {_one_line(told), _one_line(json.dumps(told)[1:-1])}:
+            width = min(ECHO_CHARS, len(shape))
+            if width and any(line[at : at + width] in shape for at in range(len(line) - width + 1)):
+                return True
+    return False
+
+
+def _prompt_strings(prompt_text: str) -> Iterable[str]:
+    """The texts of a prompt: of each message where it is a JSON list of messages, else itself."""
+    messages = read_json(prompt_text.encode("utf-8", "replace")) if prompt_text.startswith("[") else _GARBAGE
+    if not isinstance(messages, list):
+        return [prompt_text]
+    return [prompt_text, *_strings(messages)]
+
+
+def _strings(value: object) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            if name not in ("role", "type"):
+                yield from _strings(each)
+
+
+def retry_after_s(profile: Profile, headers: Mapping[str, str], now: Callable[[], datetime]) -> float | None:
+    """Seconds to wait as the endpoint asks, from a number or an HTTP date; None where it does not say."""
+    for name in profile.retry_after_headers:
+        value = headers.get(name, "").strip()
+        if not value:
+            continue
+        seconds = _seconds(value, now)
+        if seconds is not None and math.isfinite(seconds) and seconds >= 0:
+            return seconds / 1000 if name.endswith("-ms") else seconds
+    return None
+
+
+def _seconds(value: str, now: Callable[[], datetime]) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now()).total_seconds())
+
+
+class _Garbage:
+    """What is no JSON at all; not None, which is JSON's null."""
+
+
+_GARBAGE = _Garbage()
+
+
+def read_json(body: bytes) -> object:
+    """The JSON in ``body``, fractions as Decimal; an object that is no JSON value where it holds none. Never raises."""
+    try:
+        return json.loads(body, parse_float=Decimal, parse_constant=lambda _: None)
+    except (ValueError, ArithmeticError, RecursionError):
+        return _GARBAGE
+
+
+def pointer(document: object, path: str) -> Any:
+    """The value at an RFC 6901 JSON pointer; None where there is none."""
+    value = document
+    for part in path.split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal() and len(name) < 10 and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+    return value
+
+
+def _error_of(document: object) -> object:
+    """The error that an answer holds: ``error`` or ``detail`` at its top, or ``error`` of its first choice."""
+    if not isinstance(document, dict):
+        return None
+    found = document.get("error")
+    if not found and not document.get("choices"):
+        found = document.get("detail") or (document.get("message") if "message" in document else None)
+    return found or pointer(document, "/choices/0/error") or None
+
+
+def _status_of(error: object) -> int | None:
+    """The HTTP status that an error inside an answer names as its code."""
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
+        code = int(code)
+    status = _whole(code)
+    return status if status is not None and 400 <= status < 600 else None
+
+
+def _usage(profile: Profile, document: object) -> dict[str, Any]:
+    """The reported counts. What is missing, negative or not whole counts as not reported, as do cached tokens that
+    exceed the input they are a part of.
+    """
+    counted = _whole(pointer(document, profile.usage.input))
+    cached = _whole(pointer(document, profile.usage.cached))
+    output = _whole(pointer(document, profile.usage.output))
+    if cached is not None and (counted is None or cached > counted):
+        cached = None
+    reported = counted is not None or output is not None
+    return {
+        "input_tokens": counted,
+        "cached_tokens": cached,
+        "output_tokens": output,
+        "usage_source": "reported" if reported else None,
+    }
+
+
+def _whole(value: object) -> int | None:
+    if (
+        isinstance(value, Decimal)
+        and value.is_finite()
+        and value.adjusted() < 19
+        and value == value.to_integral_value()
+    ):
+        value = int(value)
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT64_MAX
+    return value if good else None  # type: ignore[return-value]  # ``good`` says that it is an int
+
+
+def _cost(value: object) -> Decimal | None:
+    """A cost in the provider's currency at 18 places, half-even; None where it is none or does not fit."""
+    if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
+        return None
+    try:
+        cost = Decimal(value)
+        if not cost.is_finite() or cost < 0 or cost.adjusted() >= 19:
+            return None
+        return cost.quantize(_COST_PLACES, context=_COST_CONTEXT)
+    except ArithmeticError:
+        return None
+
+
+def _request_id(profile: Profile, headers: Mapping[str, str], document: object, secrets: Sequence[str]) -> str | None:
+    told = (pointer(document, "/id"), *(headers.get(name) for name in profile.request_id_headers))
+    found = next((each for each in told if isinstance(each, str) and _ID.fullmatch(each)), None)
+    return mask(found, secrets) if found else None
+
+
+def whole_text(text: str) -> str:
+    """``text`` with lone surrogates, which no UTF-8 can hold, replaced."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

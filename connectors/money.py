@@ -56,8 +56,7 @@ def cost(quantity: pa.Array, unit_price: Decimal) -> pa.Array:
     price = digits * 10 ** (PRICE_PLACES - places)
     # A quantity of 18 digits always fits the low word.
     thousandths = _words(quantity)[:, 0]
-    largest = _largest(thousandths)
-    if largest * price < _INT64_LIMIT:
+    if max(_largest(thousandths), 1) * price < _INT64_LIMIT:
         return _decimals(thousandths * price, _validity(quantity), COST)
     narrow = quantity.cast(pa.decimal128(17, 3))
     return pc.multiply(narrow, pa.scalar(unit_price, UNIT_PRICE))
@@ -88,7 +87,7 @@ def _to_usd_int64(cost_native: pa.Array, rate: int, places: int) -> pa.Array | N
         return None
     amount = words[:, 0]
     unit = 10**places
-    if len(amount) == 0 or int(amount.min()) < 0 or int(amount.max()) * rate // unit + 2 >= _INT64_LIMIT:
+    if len(amount) == 0 or int(amount.min()) < 0 or max(int(amount.max()), 1) * rate // unit + 2 >= _INT64_LIMIT:
         return None
     whole, part = divmod(rate, unit)
     high, low = np.divmod(amount, unit)

@@ -34,7 +34,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A list price in USD per token that savings are counted against; without ``cached_input`` all input costs alike."""
+    """A list price, USD per token, that savings are counted against. Without ``cached_input`` all input costs alike."""
 
     name: str
     input: Decimal

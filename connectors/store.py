@@ -59,6 +59,8 @@ class Store:
         """The store of the directory that holds the file at ``url``, and the file's name in it."""
         store = cls.at(url, options)
         directory, _, name = store.url.rpartition("/")
+        if directory.endswith(":/") and store._protocol == "memory":
+            directory += "/"
         if not name or directory.endswith(":/"):
             raise StoreError(f"{store.url} names no file")
         return cls(directory or "/", store._protocol, store._options), name
@@ -76,7 +78,7 @@ class Store:
 
     def url_of(self, name: str) -> str:
         """The absolute URL of a name; for a local store, its path."""
-        return f"{self.url.rstrip('/') if self.is_local else self.url}/{check_parts(name)}"
+        return f"{self.url}{'' if self.url.endswith('/') else '/'}{check_parts(name)}"
 
     # Writing
 
@@ -303,7 +305,7 @@ class Store:
             raise StoreError(f"cannot {verb} {self._shown(name)}: {_brief(error)}") from error
 
     def _shown(self, name: str) -> str:
-        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+        return f"{self.url}{'' if self.url.endswith('/') else '/'}{name}" if name else self.url
 
 
 _QUERY = re.compile(r"\?[^\s'\"]*")

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from glob import has_magic
 from typing import Any, Protocol
 
@@ -314,8 +315,10 @@ def _local_entry(path: str, found: os.stat_result) -> Entry:
 def _remote_entry(path: str, info: Mapping[str, Any]) -> Entry:
     size = int(info.get("size") or 0)
     for key in ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
-        if info.get(key):
-            return Entry(path, size, f"{str(info[key]).strip(chr(34))}-{size}")
+        value = info.get(key)
+        if value:
+            token = value.timestamp() if isinstance(value, datetime) else str(value).strip('"')
+            return Entry(path, size, f"{token}-{size}")
     return Entry(path, size, str(size))
 
 

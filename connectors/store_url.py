@@ -51,7 +51,9 @@ def split_url(url: str) -> tuple[str, str]:
         return "file", os.path.abspath(path)
     assert match is not None  # noqa: S101 - only a URL with a scheme has another protocol
     if protocol not in fsspec.available_protocols():
-        near = difflib.get_close_matches(protocol, ["s3", "gs", "abfs", "file", "memory", "http", "https"], n=1)
+        near = difflib.get_close_matches(
+            protocol, ["s3", "gs", "abfs", "file", "memory", "http", "https"], n=1, cutoff=0.5
+        )
         raise ConfigError(
             f"unknown protocol {protocol!r}",
             expected="a local path or a protocol that fsspec knows",

@@ -99,7 +99,7 @@ attempts = st.fixed_dictionaries(
     }
 )
 price_units = st.integers(0, 10**12).map(lambda digits: Decimal(f"{digits}E-15"))
-meters: tuple[Meter, ...] = ("uncached_input", "cached_input", "output", "request")
+meters: tuple[Meter, ...] = ("uncached_input", "cached_input", "cache_write", "output", "request")
 price_maps = st.lists(st.sampled_from(meters), unique=True).flatmap(
     lambda chosen: st.fixed_dictionaries(dict.fromkeys(chosen, price_units))
 )

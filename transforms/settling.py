@@ -35,6 +35,7 @@ USAGE_SOURCES = ("reported", "recount", "estimate")
 """From the most to the least trustworthy."""
 _REPORTED, _RECOUNT, _ESTIMATE = range(3)
 
+_INPUT_METERS: tuple[Meter, ...] = ("uncached_input", "cached_input", "cache_write")
 _MOST_TOKENS = 2**31 - 1  # no request has more; a provider that reports more is not believed
 _ULP = Decimal(1).scaleb(-COST.scale)
 
@@ -263,12 +264,17 @@ def _token_quantities(price: PriceSchedule, usage: _Usage, answered: Bools) -> d
 
 
 def _worst_quantities(price: PriceSchedule, usage: _Usage) -> dict[Meter, pa.Array]:
-    """The quantities of the worst case: all input on the dearer of the two input meters."""
+    """The quantities of the worst case: all input on the dearest of the input meters."""
     quantities = _token_quantities(price, usage, usage.input_known)
-    prices = price.unit_prices
-    if prices.get("cached_input", Decimal(0)) > prices.get("uncached_input", Decimal(0)):
-        quantities.pop("uncached_input", None)
-        quantities["cached_input"] = quantity_from_units(usage.input)
+    dearest = max(
+        (meter for meter in _INPUT_METERS if meter in price.unit_prices),
+        key=price.unit_prices.__getitem__,
+        default=None,
+    )
+    if dearest is not None:
+        for meter in _INPUT_METERS:
+            quantities.pop(meter, None)
+        quantities[dearest] = quantity_from_units(usage.input)
     return quantities
 
 

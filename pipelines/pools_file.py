@@ -1,0 +1,312 @@
+"""The pools file: models, exchange rates and pools, checked and turned into values that pickle and hold no secret."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.pools import Capacity, ModelSpec, PoolKind, PoolSpec
+from bidbeam.pipelines.config_check import (
+    Fields,
+    choice_of,
+    decimal_of,
+    duration_of,
+    fault,
+    flag_of,
+    moment_of,
+    nearest,
+    plain_map_of,
+    shown,
+    slug_of,
+    text_map_of,
+    text_of,
+    whole_of,
+)
+from bidbeam.pipelines.prices import price_of
+from bidbeam.pipelines.terms import FxRate
+from bidbeam.pipelines.yaml_text import Node
+
+KINDS: tuple[PoolKind, ...] = ("vllm", "openai")
+OPERATORS = ("own", "cloud", "datacenter", "community")
+SECTIONS = ("models", "fx", "pools")
+
+_COMMON = ("name", "kind", "models", "price", "capacity", "placement")
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "vllm": (*_COMMON, "accelerator", "engine"),
+    "openai": (*_COMMON, "profile", "base_url", "api_key_env", "api_key_file", "context", "headers", "timeout"),
+}
+_ANY_KEY = tuple(dict.fromkeys(key for keys in _KEYS.values() for key in keys))
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """What a pools file says."""
+
+    pools: tuple[PoolSpec, ...]
+    models: Mapping[str, ModelSpec]
+    fx: Mapping[str, FxRate]
+
+
+def read_pools(pools: Node, models: Node | None, fx: Node | None, directory: str) -> Pools:
+    """The pools, with the models and exchange rates that they refer to.
+
+    ``directory`` is where relative paths in the file start. Without a ``models`` section the pools' own model names are
+    all there is. Raises ConfigError.
+    """
+    rates = {} if fx is None else _rates(fx)
+    declared = None if models is None else _models(models, directory)
+    if pools.kind != "list" or not pools.items:
+        raise fault(pools, f"is {shown(pools)}", "a list of at least one pool")
+    found: list[PoolSpec] = []
+    for item in pools.items:
+        spec = _pool(item, declared, rates, directory)
+        if any(spec.name == other.name for other in found):
+            raise fault(item.entries["name"], f"the name {spec.name!r} is there twice", "a name of its own")
+        found.append(spec)
+    known = declared or {}
+    served = {name: known.get(name, ModelSpec(name)) for spec in found for name in spec.models}
+    return Pools(tuple(found), {**known, **served}, rates)
+
+
+def check_keys(pools: tuple[PoolSpec, ...]) -> None:
+    """Whether every key is where its pool says. Raises ConfigError that names the variable or file, never the key."""
+    from bidbeam.connectors.secrets import read_key
+
+    for spec in pools:
+        read_key(spec)
+
+
+def _models(node: Node, directory: str) -> dict[str, ModelSpec]:
+    if node.kind != "map":
+        raise fault(node, f"is {shown(node)}", "a mapping of model names to {source: …}")
+    found: dict[str, ModelSpec] = {}
+    for name, entry in node.entries.items():
+        if entry.is_null:
+            found[name] = ModelSpec(name)
+            continue
+        fields = Fields(entry, ("source", "trust_remote_code"))
+        source = fields.maybe("source", text_of)
+        found[name] = ModelSpec(
+            name,
+            None if source is None else located_source(source, directory),
+            fields.read("trust_remote_code", flag_of, False),
+        )
+    return found
+
+
+def located_source(source: str, directory: str) -> str:
+    """A model's source, with a directory made absolute; a package, a hub id and a URL stay as they are."""
+    if "://" in source or source.startswith("package:"):
+        return source
+    path = Path(source).expanduser()
+    if source.startswith((".", "/", "~")) or (Path(directory) / path).is_dir():
+        return str((Path(directory) / path).resolve())
+    return source
+
+
+def _rates(node: Node) -> dict[str, FxRate]:
+    if node.kind != "map":
+        raise fault(node, f"is {shown(node)}", "a mapping of currencies to {rate, at, source}")
+    return {currency: _rate(currency, entry) for currency, entry in node.entries.items()}
+
+
+def _rate(currency: str, node: Node) -> FxRate:
+    if currency == "USD" or not re.fullmatch(r"[A-Z0-9]{3,10}", currency):
+        raise fault(node, "is not a currency that has a rate", "a code such as EUR or TAO, but not USD")
+    fields = Fields(node, ("rate", "at", "source", "max_age"))
+    rate = fields.get("rate")
+    if rate is None:
+        raise fault(
+            node,
+            "rates that are fetched are not available in this version",
+            '{rate: "…", at: …, source: …}: USD per unit',
+        )
+    value = decimal_of(rate, "USD per unit of the currency")
+    if value <= 0 or value != round(value, 18) or value.adjusted() >= 18:
+        raise fault(rate, f"is {shown(rate)}", "a rate above 0 with at most 18 places")
+    at = moment_of(fields.need("at", "when the rate was valid, such as 2026-11-22T06:00:00Z"))
+    source = text_of(fields.need("source", "where the rate is from"))
+    return FxRate(currency, value, at, source, fields.maybe("max_age", duration_of))
+
+
+def _pool(node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str, FxRate], directory: str) -> PoolSpec:
+    fields = Fields(node, _ANY_KEY)
+    name = slug_of(fields.need("name", "a name for the pool"))
+    kind = _kind(fields)
+    for key in fields.node.entries:
+        if key not in _KEYS[kind]:
+            raise fault(fields.node.entries[key], f"does not belong to a pool of kind {kind}", ", ".join(_KEYS[kind]))
+    models = _served(
+        fields.need("models", "the models that it serves: a list of names, or a mapping to its own names"), declared
+    )
+    if kind == "vllm":
+        _check_sources(fields, models, declared)
+    price = price_of(fields.need("price", "what it costs"), name, fx, by_hour=kind == "vllm")
+    profile, labels = _profile(fields)
+    remote = kind == "openai"
+    return PoolSpec(
+        name=name,
+        kind=kind,
+        models=models,
+        price=price,
+        capacity=fields.read("capacity", _capacity, Capacity()),
+        placement={**labels, **fields.read("placement", placement_labels, {})},
+        accelerator=fields.maybe("accelerator", text_of),
+        engine=fields.read("engine", lambda entry: plain_map_of(entry, float), {}),
+        profile=profile,
+        base_url=_base_url(fields) if remote else None,
+        api_key_env=fields.maybe("api_key_env", _variable),
+        api_key_file=_key_file(fields, directory),
+        context=fields.maybe("context", lambda entry: whole_of(entry, 1, 2**31 - 1)),
+        headers=fields.read("headers", text_map_of, {}),
+        timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
+    )
+
+
+def _kind(fields: Fields) -> PoolKind:
+    node = fields.need("kind", " or ".join(KINDS))
+    text = node.text if node.kind == "scalar" else ""
+    for kind in KINDS:
+        if text == kind:
+            return kind
+    raise fault(
+        node, f"pools of kind {shown(node)} are not available in this version", " or ".join(KINDS), nearest(text, KINDS)
+    )
+
+
+def _served(node: Node, declared: Mapping[str, ModelSpec] | None) -> dict[str, str]:
+    """Model name in the job -> name at the pool."""
+    if node.kind == "map":
+        pairs = [(name, name if entry.is_null else text_of(entry), entry) for name, entry in node.entries.items()]
+    elif node.kind == "list":
+        pairs = [(text_of(item), text_of(item), item) for item in node.items]
+    else:
+        raise fault(node, f"is {shown(node)}", "a list of model names, or a mapping to the pool's own names")
+    if not pairs:
+        raise fault(node, "names no model", "at least one model")
+    served: dict[str, str] = {}
+    for name, theirs, place in pairs:
+        if declared is not None and name not in declared:
+            expected = "a model of the models section: " + ", ".join(declared)
+            raise fault(place, f"unknown model {name!r}", expected, nearest(name, declared))
+        if name in served:
+            raise fault(place, f"the model {name!r} is there twice")
+        served[name] = theirs
+    return served
+
+
+def _check_sources(fields: Fields, models: Mapping[str, str], declared: Mapping[str, ModelSpec] | None) -> None:
+    for name in models:
+        if declared is None or declared[name].source is None:
+            raise fault(
+                fields.node.entries["models"],
+                f"the model {name!r} has no source, and an engine in our workers has to load it",
+                f"models: {{{name}: {{source: …}}}} with a package, a hub id, a directory or a URL",
+            )
+
+
+def _profile(fields: Fields) -> tuple[str | None, Mapping[str, Any]]:
+    node = fields.get("profile")
+    if node is None:
+        return None, {}
+    from bidbeam.connectors.profiles import profile
+
+    try:
+        found = profile(text_of(node))
+    except ConfigError as error:
+        raise fault(node, error.problem, error.expected, error.nearest) from None
+    return found.name, found.labels
+
+
+def _base_url(fields: Fields) -> str | None:
+    node = fields.get("base_url")
+    if node is None:
+        from bidbeam.connectors.profiles import profile
+
+        if profile(fields.maybe("profile", text_of)).base_url is None:
+            fields.need("base_url", "the endpoint's address, such as https://host/v1")
+        return None
+    text = text_of(node)
+    expected = "https://host/path; http:// only to this machine"
+    try:
+        url = urlsplit(text)
+        host, _port = url.hostname, url.port
+    except ValueError:
+        raise fault(node, "is not a URL", expected) from None
+    if url.scheme not in {"http", "https"} or not host:
+        raise fault(node, f"is {shown(node)}", expected)
+    if "@" in url.netloc or url.query or url.fragment:
+        raise fault(node, "holds more than an address", expected)
+    if url.scheme == "http" and not _loopback(host):
+        raise fault(node, f"sends prompts in the clear to {host!r}", expected)
+    return text.rstrip("/")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _variable(node: Node) -> str:
+    text = text_of(node)
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
+        # The text itself is not repeated: it may be the key, in the wrong place.
+        raise fault(node, "is not the name of an environment variable", "a name such as ENDPOINT_API_KEY")
+    return text
+
+
+def _key_file(fields: Fields, directory: str) -> str | None:
+    node = fields.get("api_key_file")
+    if node is None:
+        return None
+    if fields.get("api_key_env") is not None:
+        raise fault(node, "stands beside api_key_env", "one of the two")
+    return str((Path(directory) / Path(text_of(node)).expanduser()).resolve())
+
+
+def _capacity(node: Node) -> Capacity:
+    fields = Fields(node, ("concurrency", "tokens_per_second", "workers"))
+    rate = fields.get("tokens_per_second")
+    if rate is not None and decimal_of(rate, "tokens per second") <= 0:
+        raise fault(rate, f"is {shown(rate)}", "tokens per second, above 0")
+    return Capacity(
+        concurrency=fields.maybe("concurrency", lambda entry: whole_of(entry, 1, 1_000_000)),
+        tokens_per_second=None if rate is None else float(decimal_of(rate)),
+        workers=fields.read("workers", lambda entry: whole_of(entry, 1, 10_000), 1),
+    )
+
+
+def placement_labels(node: Node) -> dict[str, Any]:
+    """What a pool declares: a value per label, None for one that is written down as undeclared."""
+    from bidbeam.transforms.placement import COUNTRIES, LABELS, ZONES
+
+    fields = Fields(node, LABELS)
+    labels: dict[str, Any] = {}
+    for name, entry in fields.node.entries.items():
+        if entry.is_null:
+            labels[name] = None
+        elif name in {"jurisdiction", "data_zone"}:
+            labels[name] = _place(entry, frozenset((*COUNTRIES, *ZONES)))
+        elif name == "operator":
+            labels[name] = choice_of(entry, OPERATORS)
+        elif name == "max_retention_days":
+            labels[name] = whole_of(entry, 0, 100_000)
+        else:
+            labels[name] = flag_of(entry)
+    return labels
+
+
+def _place(node: Node, places: frozenset[str]) -> str:
+    text = text_of(node).upper()
+    if text not in places:
+        near = "GB" if text == "UK" else nearest(text, places)
+        raise fault(node, f"is {shown(node)}", "an ISO 3166-1 alpha-2 code, EEA or EU", near)
+    return text

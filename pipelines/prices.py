@@ -1,0 +1,161 @@
+"""Prices as people write them, per million tokens or per hour, turned once into exact unit prices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact
+
+from bidbeam.connectors.pools import Meter, PriceSchedule
+from bidbeam.pipelines.config_check import Fields, decimal_of, fault, moment_of, nearest, shown, text_of
+from bidbeam.pipelines.terms import BaselineSpec, FxRate
+from bidbeam.pipelines.yaml_text import Node
+
+PLACES = Decimal("1e-15")
+UNITS: Mapping[str, int] = {"1M tokens": 6, "1K tokens": 3, "token": 0}
+"""What ``per`` may say, and the power of ten that it stands for."""
+DEAREST_TOKEN_USD = Decimal("0.01")
+"""A token dearer than this is a price in the wrong unit."""
+
+_TOKEN_METERS: Mapping[str, Meter] = {
+    "input": "uncached_input", "cached_input": "cached_input", "cache_write": "cache_write", "output": "output",
+}  # fmt: skip
+_TOKEN_KEYS = (*_TOKEN_METERS, "request", "per")
+_WIDE = Context(prec=100)
+_EXACT = Context(prec=100, traps=[Inexact])
+
+
+def per_token(price: Decimal, power: int) -> Decimal:
+    """``price`` per 10**power tokens as the price of one, exactly. Raises Inexact where 15 places do not hold it."""
+    return _EXACT.quantize(price.scaleb(-power, _EXACT), PLACES)
+
+
+def per_second(hour: Decimal) -> Decimal:
+    """An hour's price as that of a second, half-even at 15 places."""
+    return _WIDE.divide(hour, Decimal(3600)).quantize(PLACES, ROUND_HALF_EVEN, _WIDE)
+
+
+def price_id(
+    pool: str, unit_prices: Mapping[Meter, Decimal], currency: str, source: str, valid_from: datetime | None
+) -> str:
+    """A digest of everything that the schedule says; the same schedule has the same id wherever it is read."""
+    said = {
+        "pool": pool,
+        "prices": {meter: f"{price:.15f}" for meter, price in unit_prices.items()},
+        "currency": currency,
+        "source": source,
+        "valid_from": valid_from.isoformat() if valid_from else None,
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def price_of(node: Node, pool: str, fx: Mapping[str, FxRate], *, by_hour: bool) -> PriceSchedule:
+    """A pool's price schedule. ``by_hour``: whether this kind of pool may be paid by the accelerator hour."""
+    fields = Fields(node, (*_TOKEN_KEYS, "accelerator_hour", "currency", "source", "valid_from"))
+    currency = _currency(fields, fx)
+    source = fields.read("source", text_of, "pools file")
+    if source == "live":
+        raise fault(fields.need("source", ""), "live prices are not available in this version", "the prices themselves")
+    valid_from = fields.maybe("valid_from", moment_of)
+    hour = fields.get("accelerator_hour")
+    if hour is not None:
+        unit_prices = _by_hour(fields, hour, by_hour)
+    else:
+        rate = Decimal(1) if currency == "USD" else fx[currency].rate
+        also = " or accelerator_hour" if by_hour else ""
+        unit_prices = token_prices(fields, f'input and output, such as "0.10" and "0.40" per: 1M tokens{also}', rate)
+    digest = price_id(pool, unit_prices, currency, source, valid_from)
+    return PriceSchedule(digest, pool, unit_prices, currency, valid_from, source)
+
+
+def _by_hour(fields: Fields, hour: Node, allowed: bool) -> dict[Meter, Decimal]:
+    if not allowed:
+        raise fault(hour, "only an engine in our workers is paid by the hour", "prices per token or request")
+    for name in _TOKEN_KEYS:
+        mixed = fields.get(name)
+        if mixed is not None:
+            raise fault(mixed, "stands beside accelerator_hour", "either accelerator_hour or prices per token")
+    second = per_second(_unit_price(hour, 0))
+    return {"accelerator_second": second, "accelerator_idle_second": second, "setup": second}
+
+
+def token_prices(fields: Fields, expected: str, usd: Decimal = Decimal(1)) -> dict[Meter, Decimal]:
+    """The unit prices of a block's token and request keys. ``usd`` is what a unit of its currency is worth."""
+    prices: dict[Meter, Decimal] = {}
+    request = fields.get("request")
+    if any(fields.get(name) is not None for name in _TOKEN_METERS):
+        for name in ("input", "output"):
+            fields.need(name, "a price; write 0 where these tokens are free")
+        power = _power(fields)
+        for name, meter in _TOKEN_METERS.items():
+            entry = fields.get(name)
+            if entry is not None:
+                prices[meter] = _token_price(entry, power, usd)
+    elif request is None:
+        raise fault(fields.node, "names no price", expected)
+    if request is not None:
+        prices["request"] = _unit_price(request, 0)
+    return prices
+
+
+def _power(fields: Fields) -> int:
+    unit = fields.need("per", "1M tokens, 1K tokens or token: the unit of these prices")
+    text = " ".join(unit.text.split()) if unit.kind == "scalar" else ""
+    if text not in UNITS:
+        raise fault(unit, f"is {shown(unit)}", "1M tokens, 1K tokens or token", nearest(text, UNITS))
+    return UNITS[text]
+
+
+def _token_price(node: Node, power: int, usd: Decimal) -> Decimal:
+    price = _unit_price(node, power)
+    if _WIDE.multiply(price, usd) > DEAREST_TOKEN_USD:
+        raise fault(node, f"comes to {price.normalize():f} for a single token", "a price in the unit that `per` names")
+    return price
+
+
+def _unit_price(node: Node, power: int) -> Decimal:
+    value = decimal_of(node, 'an exact price such as "0.10"')
+    if value < 0:
+        raise fault(node, f"is negative: {shown(node)}", "a price of 0 or more")
+    try:
+        price = per_token(value, power)
+    except Inexact:
+        raise fault(
+            node, f"is {shown(node)}, which needs more than 15 places per single unit", "at most 15 places per unit"
+        ) from None
+    if price.adjusted() >= 5:
+        raise fault(node, f"is {shown(node)}", "a unit price below 100000")
+    return price
+
+
+def _currency(fields: Fields, fx: Mapping[str, FxRate]) -> str:
+    node = fields.get("currency")
+    if node is None:
+        return "USD"
+    currency = text_of(node)
+    if currency != "USD" and currency not in fx:
+        problem = f"there is no exchange rate for {shown(node)}"
+        raise fault(node, problem, "USD, or a currency with a rate under fx", nearest(currency, ("USD", *fx)))
+    return currency
+
+
+def baselines_of(node: Node) -> tuple[BaselineSpec, ...]:
+    """The prices that savings are counted against: one block or a list of them."""
+    blocks = node.items if node.kind == "list" else (node,)
+    found = tuple(_baseline(block) for block in blocks)
+    for place, spec in enumerate(found):
+        if spec.name in {other.name for other in found[:place]}:
+            raise fault(blocks[place], f"the name {spec.name!r} is there twice", "a name of its own")
+    return found
+
+
+def _baseline(node: Node) -> BaselineSpec:
+    form = '{name: list-price, input: "0.10", output: "0.40", per: 1M tokens}'
+    if node.kind == "scalar":
+        raise fault(node, "price lists by name are not available in this version", f"your own figures: {form}")
+    fields = Fields(node, ("name", *_TOKEN_KEYS, "source", "valid_from"))
+    name = text_of(fields.need("name", f"a name for it, as in {form}"))
+    source = fields.read("source", text_of, "job file")
+    return BaselineSpec(name, token_prices(fields, form), source, fields.maybe("valid_from", moment_of))

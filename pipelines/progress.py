@@ -1,0 +1,233 @@
+"""Progress of a run, shown where people look: nowhere, as plain log lines, or live on a terminal.
+
+The driver feeds snapshots about once a second; each reporter decides what is worth showing. All of it goes to stderr,
+and nothing but a terminal ever gets a control character.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class PoolProgress:
+    """One pool so far. ``spend`` is USD; ``tokens_per_s`` counts uncached input plus output, None is unknown."""
+
+    name: str
+    in_flight: int = 0
+    settled: int = 0
+    failed: int = 0
+    tokens_per_s: float | None = None
+    spend: Decimal = Decimal(0)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressSnapshot:
+    """The run at one moment. ``total`` None: not counted yet; token counts None: nothing reported yet."""
+
+    phase: str
+    total: int | None = None
+    settled: int = 0
+    dead: int = 0
+    spend: Decimal = Decimal(0)
+    budget: Decimal | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    ideal_cached_tokens: int | None = None
+    output_tokens: int | None = None
+    pools: tuple[PoolProgress, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over all pools; None where none of them knows."""
+        known = [pool.tokens_per_s for pool in self.pools if pool.tokens_per_s is not None]
+        return sum(known) if known else None
+
+
+class Progress(Protocol):
+    """Where a run's driver reports to. Used as a context manager around the run; thread-safe is not required."""
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        """The run as it is now."""
+        ...
+
+    def note(self, message: str) -> None:
+        """One line that must be seen, such as a pool that went down."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the last state standing. Idempotent."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class NullProgress:
+    """Shows nothing."""
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        """Drops the snapshot."""
+
+    def note(self, message: str) -> None:
+        """Drops the message."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LogProgress(NullProgress):
+    """A plain line every ``every_s`` seconds while something changes, and at once when the phase does."""
+
+    def __init__(
+        self, stream: TextIO | None = None, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._every_s, self._clock = every_s, clock
+        self._shown: ProgressSnapshot | None = None
+        self._latest: ProgressSnapshot | None = None
+        self._shown_at = 0.0
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        """Prints the snapshot when it is due."""
+        self._latest = snapshot
+        now = self._clock()
+        new_phase = self._shown is None or snapshot.phase != self._shown.phase
+        if new_phase or (snapshot != self._shown and now - self._shown_at >= self._every_s):
+            self._show(snapshot, now)
+
+    def note(self, message: str) -> None:
+        """Prints the message."""
+        print(message, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Prints the last snapshot if it was not yet shown."""
+        if self._latest is not None and self._latest != self._shown:
+            self._show(self._latest, self._clock())
+
+    def _show(self, snapshot: ProgressSnapshot, now: float) -> None:
+        print(line_of(snapshot), file=self._stream, flush=True)
+        self._shown, self._shown_at = snapshot, now
+
+
+def line_of(snapshot: ProgressSnapshot) -> str:
+    """The snapshot as one line of plain text."""
+    parts = [snapshot.phase, *_headline(snapshot)]
+    parts += [
+        f"{pool.name}: {pool.settled:,} done, {pool.in_flight:,} in flight"
+        + (f", {pool.failed:,} failed" if pool.failed else "")
+        for pool in snapshot.pools
+    ]
+    return " | ".join(parts)
+
+
+def _headline(snapshot: ProgressSnapshot) -> list[str]:
+    parts: list[str] = []
+    if snapshot.total is not None:
+        share = f" ({100 * snapshot.settled // snapshot.total}%)" if snapshot.total else ""
+        parts.append(f"{snapshot.settled:,}/{snapshot.total:,} prompts{share}")
+    elif snapshot.settled:
+        parts.append(f"{snapshot.settled:,} prompts")
+    if snapshot.dead:
+        parts.append(f"{snapshot.dead:,} dead")
+    if snapshot.tokens_per_s is not None:
+        parts.append(f"{snapshot.tokens_per_s:,.0f} tokens/s")
+    if snapshot.spend or snapshot.budget is not None:
+        parts.append("spent " + usd(snapshot.spend) + (f" of {usd(snapshot.budget)}" if snapshot.budget else ""))
+    if snapshot.cached_tokens is not None and snapshot.input_tokens:
+        hits = f"cache {_share(snapshot.cached_tokens, snapshot.input_tokens)}"
+        if snapshot.ideal_cached_tokens is not None:
+            hits += f" of ideal {_share(snapshot.ideal_cached_tokens, snapshot.input_tokens)}"
+        parts.append(hits)
+    return parts
+
+
+def usd(amount: Decimal) -> str:
+    """Dollars for people: cents, or as many places as a small amount needs to show two digits."""
+    if amount == 0:
+        return "$0.00"
+    places = max(2, 1 - amount.adjusted())
+    text = f"{amount:,.{min(places, 18)}f}"
+    return f"-${text[1:]}" if text.startswith("-") else f"${text}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%"
+
+
+class RichProgress(NullProgress):
+    """A live panel on a terminal: the run's bar and headline, and a row per pool."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(file=sys.stderr if stream is None else stream)
+        self._live: Any = Live(console=self._console, auto_refresh=False, transient=False)
+        self._started = False
+
+    def update(self, snapshot: ProgressSnapshot) -> None:
+        """Redraws the panel."""
+        if not self._started:
+            self._live.start()
+            self._started = True
+        self._live.update(_panel(snapshot), refresh=True)
+
+    def note(self, message: str) -> None:
+        """Prints the message above the panel."""
+        self._console.print(message, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leaves the last panel on the screen."""
+        if self._started:
+            self._live.stop()
+            self._started = False
+
+
+def _panel(snapshot: ProgressSnapshot) -> RenderableType:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text("  ".join((snapshot.phase, *_headline(snapshot))))]
+    if snapshot.total:
+        parts.append(ProgressBar(total=snapshot.total, completed=min(snapshot.settled, snapshot.total), width=60))
+    if snapshot.pools:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("pool")
+        for heading in ("done", "in flight", "failed", "tokens/s", "spent"):
+            table.add_column(heading, justify="right")
+        for pool in snapshot.pools:
+            rate = "" if pool.tokens_per_s is None else f"{pool.tokens_per_s:,.0f}"
+            table.add_row(
+                Text(pool.name), f"{pool.settled:,}", f"{pool.in_flight:,}", f"{pool.failed:,}", rate, usd(pool.spend)
+            )
+        parts.append(table)
+    return Group(*parts)
+
+
+def for_stream(stream: TextIO | None = None) -> Progress:
+    """A live panel where the stream is a terminal, plain lines where it is not."""
+    out = sys.stderr if stream is None else stream
+    return RichProgress(out) if out.isatty() else LogProgress(out)

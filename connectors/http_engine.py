@@ -32,7 +32,6 @@ from bidbeam.connectors.http_transport import (
     transport_failure,
 )
 from bidbeam.connectors.http_wire import (
-    UNSENT,
     Outcome,
     Sampling,
     SamplingError,
@@ -55,6 +54,7 @@ DRAIN_S = 30.0
 LONGEST_PAUSE_S = 60.0
 """The most that an endpoint's ``Retry-After`` holds back the requests that follow."""
 _CLOSE_S = 5.0
+_UNSENT = Outcome("cancelled", error_message="not sent")
 
 
 def _now() -> datetime:
@@ -88,8 +88,8 @@ class HttpEngine:
 
     The pool is down, and ``poll`` raises PoolDown once everything has come back, when the endpoint refuses us as such
     (key, funds, model name, address), when ``down_after`` connections in a row fail, or when two windows of requests
-    in a row get no answer. What was not sent by then comes back as ``cancelled`` with usage 0; of what is cancelled in
-    flight the usage is unknown.
+    in a row get no answer. What was not sent by then comes back as ``cancelled`` at once; what is in flight gets
+    ``drain_s`` seconds to end. The usage of what is cancelled is not known.
 
     Raises ConfigError on construction: unknown model or profile, wrong address, unset key.
     """
@@ -165,12 +165,19 @@ class HttpEngine:
     def in_flight(self) -> int:
         return self._in_flight
 
+    @property
+    def dead(self) -> bool:
+        """Whether it serves nothing any more."""
+        return self._closed or self._down is not None
+
     def listen(self, wake: Callable[[], None]) -> None:
         self._wake = wake
 
     def submit(self, requests: pa.RecordBatch) -> None:
-        if self._down or self._closed:
-            raise PoolDown(self._down or f"pool {self._name}: its engine is closed")
+        if self._closed:
+            raise PoolDown(f"pool {self._name}: its engine is closed")
+        if self._down and self._in_flight == 0:
+            raise PoolDown(self._down)  # else what is in flight comes back first, and these rows with it
         started_at = self._now()
         jobs: list[_Job] = []
         refused: list[_Settled] = []
@@ -210,11 +217,11 @@ class HttpEngine:
     def _job(self, row: dict[str, Any], started_at: datetime) -> _Job | Outcome:
         messages, prompt = row.get("messages"), row.get("prompt")
         if messages is None and prompt is None:
-            return _refused("the request holds neither messages nor a prompt")
+            return failure("caller", "the request holds neither messages nor a prompt")
         try:
             sampling: Sampling = read_sampling(row["sampling"], self._endpoint.profile.max_tokens_field)
         except SamplingError as error:
-            return _refused(str(error))
+            return failure("caller", str(error))
         body = request_body(
             self._endpoint.profile,
             self._model,
@@ -253,7 +260,7 @@ class HttpEngine:
     def _done(self, task: asyncio.Task[Outcome]) -> None:
         job = self._active.pop(task)
         if task.cancelled():
-            outcome = Outcome("cancelled")
+            outcome = Outcome("cancelled", error_message="given up in flight")
         elif (error := task.exception()) is not None:
             # Ours, not the endpoint's: say what it was without its text, which may hold anything.
             outcome = failure("server", f"the client failed with {type(error).__name__}")
@@ -285,7 +292,7 @@ class HttpEngine:
 
     def _drop_queue(self) -> None:
         at = self._now()
-        self._hand_out([_Settled(job.tag, job.started_at, at, UNSENT) for job in self._queue])
+        self._hand_out([_Settled(job.tag, job.started_at, at, _UNSENT) for job in self._queue])
         self._queue.clear()
 
     def _cancel_active(self) -> None:
@@ -339,10 +346,6 @@ class HttpEngine:
         if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
             self._unconnected += 1
         return transport_failure(error, self._timeout_s)
-
-
-def _refused(message: str) -> Outcome:
-    return failure("caller", message, sent=False)
 
 
 def _batch(settled: list[_Settled], host: str) -> pa.RecordBatch:

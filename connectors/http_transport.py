@@ -18,7 +18,7 @@ from multidict import CIMultiDict
 
 from bidbeam import __version__
 from bidbeam.connectors.errors import ConfigError
-from bidbeam.connectors.http_wire import Outcome
+from bidbeam.connectors.http_wire import MESSAGE_CHARS, Outcome
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.profiles import ErrorClass, Profile, profile
 
@@ -104,16 +104,16 @@ LOOP = LoopThread()
 def transport_failure(error: Exception, timeout_s: float) -> Outcome:
     """What an exception of the transport amounts to; its own text is left out, for it may quote what was sent."""
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return failure("timeout", "the endpoint does not take connections", sent=False)
+        return failure("timeout", "the endpoint does not take connections")
     if isinstance(error, TimeoutError):
         return failure("timeout", f"no answer within {timeout_s:g} s")
     if isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError)):
         reason = getattr(getattr(error, "certificate_error", error), "verify_message", "") or "no secure connection"
-        return failure("server", f"TLS failed: {reason}", sent=False)
+        return failure("server", f"TLS failed: {reason}")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return failure("server", "the endpoint's name does not resolve", sent=False)
+        return failure("server", "the endpoint's name does not resolve")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return failure("server", f"cannot connect: {error.os_error.strerror or 'no reason given'}", sent=False)
+        return failure("server", f"cannot connect: {error.os_error.strerror or 'no reason given'}")
     if isinstance(error, aiohttp.ClientPayloadError):
         return failure("bad_output", "the answer broke off")
     if isinstance(error, aiohttp.ClientResponseError):
@@ -123,13 +123,9 @@ def transport_failure(error: Exception, timeout_s: float) -> Outcome:
     return failure("server", "the connection was lost before the answer came")
 
 
-def failure(error_class: ErrorClass, message: str, http_status: int | None = None, *, sent: bool = True) -> Outcome:
-    """A failed request; one that was never sent is known to have used nothing."""
-    if sent:
-        return Outcome("failed", error_class, message[:200], http_status)
-    return Outcome(
-        "failed", error_class, message[:200], input_tokens=0, cached_tokens=0, output_tokens=0, usage_source="recount"
-    )
+def failure(error_class: ErrorClass, message: str, http_status: int | None = None) -> Outcome:
+    """A request that failed on our side or on the way, of whose usage nothing is known."""
+    return Outcome("failed", error_class, message[:MESSAGE_CHARS], http_status)
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes | None:

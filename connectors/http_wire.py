@@ -54,10 +54,6 @@ class Outcome:
     retry_after_s: float | None = None
 
 
-UNSENT = Outcome("cancelled", input_tokens=0, cached_tokens=0, output_tokens=0, usage_source="recount")
-"""A request that was given up before a byte of it left: it used nothing, and that is known."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """A canonical sampling object taken apart: ``fields`` is its members as JSON text, numbers as they were written."""

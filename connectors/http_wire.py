@@ -31,7 +31,6 @@ _COST_PLACES = Decimal(1).scaleb(-18)
 _COST_CONTEXT = Context(prec=60, rounding=ROUND_HALF_EVEN)
 _ID = re.compile(r"[!-~]{1,128}")
 _WORD = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +262,14 @@ def provider_message(error: object, prompt_text: str, secrets: Iterable[str]) ->
     line = _one_line(error[:_MESSAGE_READ])
     if _echoes(line, prompt_text):
         return ""
-    return mask(whole_text(line), secrets)[:MESSAGE_CHARS]
+    return mask(line, secrets)[:MESSAGE_CHARS]
 
 
 def _one_line(text: str) -> str:
-    return " ".join(_CONTROLS.sub(" ", text).split())
+    """``text`` with what does not print (controls, line ends, marks of direction, lone surrogates) as single spaces."""
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else " " for char in text)
+    return " ".join(text.split())
 
 
 def _echoes(line: str, prompt_text: str) -> bool:

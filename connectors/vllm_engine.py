@@ -46,7 +46,7 @@ from bidbeam.connectors.vllm_worker import (
 _SENT = ("tag", "attempt_id", "max_tokens", "sampling", "cache_salt", "tokens")
 _GRACE_S = 1.0
 _LOG_TAIL = 1500
-_KV_CACHE_BYTES = 2 << 30
+_KV_CACHE_BYTES = 1 << 30
 """KV cache of a CPU engine that says nothing of it. vLLM's own default is most of the machine's memory."""
 
 
@@ -96,6 +96,9 @@ class VllmConfig:
         args: dict[str, Any] = {"enable_prefix_caching": True, "disable_log_stats": True}
         if self.concurrency is not None:
             args["max_num_seqs"] = self.concurrency
+        if self.cpu:
+            # Compiling takes minutes on a few cores, every time something changes, and the steps get no shorter by it.
+            args["enforce_eager"] = True
         given = json.loads(self.engine_json)
         sized = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys()
         if self.cpu and not sized and "VLLM_CPU_KVCACHE_SPACE" not in {**os.environ, **dict(self.env)}:

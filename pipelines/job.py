@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.pools import ModelSpec, PoolSpec
+from bidbeam.pipelines.jsonable import jsonable
 from bidbeam.pipelines.terms import AuctionSpec, BaselineSpec, Deadline, FxRate, Tolerance
 from bidbeam.transforms.rendering import PromptSpec
 
@@ -97,7 +98,7 @@ class Job:
         """The job as JSON for the ledger: secrets masked, and of prompt texts the length alone."""
         from bidbeam.connectors.secrets import mask
 
-        resolved = {each.name: _jsonable(getattr(self, each.name)) for each in fields(self) if each.name != "lines"}
+        resolved = {each.name: jsonable(getattr(self, each.name)) for each in fields(self) if each.name != "lines"}
         for name in ("template", "system"):
             text = getattr(self.prompt, name)
             resolved["prompt"][name] = None if text is None else f"({len(text)} characters)"
@@ -150,20 +151,4 @@ def _canonical(value: Any) -> Any:
         return [_canonical(item) for item in value]
     if isinstance(value, Decimal | float):
         return int(value) if value == int(value) else float(value)
-    return value
-
-
-def _jsonable(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _jsonable(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, date | time):
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return f"{value.total_seconds():g}s"
     return value

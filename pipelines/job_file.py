@@ -73,7 +73,7 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
         baseline=fields.read("baseline", baselines_of, ()),
         tolerate_dead=fields.read("tolerate", _tolerate, Tolerance()),
         tags=fields.read("tags", text_map_of, {}),
-        storage=fields.read("storage", _storage, {}),
+        storage=fields.read("storage", storage_of, {}),
         pools=bought.pools,
         models=bought.models,
         fx=bought.fx,
@@ -162,6 +162,8 @@ def _prompt(node: Node) -> PromptSpec:
     system = fields.get("system")
     if system is not None and format_ == "raw":
         raise fault(system, "has no place in a raw prompt", "format: chat, or the text in the prompt itself")
+    if template is not None:
+        _check_template(fields.need("template", "a template"), template)
     return PromptSpec(
         id=fields.maybe("id", text_of),
         column=None if template is not None else column or "prompt",
@@ -170,6 +172,15 @@ def _prompt(node: Node) -> PromptSpec:
         format="raw" if format_ == "raw" else "chat",
         tenant=fields.maybe("tenant", text_of),
     )
+
+
+def _check_template(node: Node, text: str) -> None:
+    from bidbeam.transforms.prompt_template import PromptTemplate
+
+    try:
+        PromptTemplate(text)
+    except ConfigError as error:
+        raise fault(node, error.problem, error.expected) from None
 
 
 def _sampling(node: Node) -> dict[str, Any]:
@@ -248,7 +259,8 @@ def _tolerate(node: Node) -> Tolerance:
     return Tolerance(count=None, percent=percent)
 
 
-def _storage(node: Node) -> dict[str, dict[str, Any]]:
+def storage_of(node: Node) -> dict[str, dict[str, Any]]:
+    """fsspec options by protocol. Raises ConfigError, for a credential too."""
     from bidbeam.connectors.store_url import refuse_secrets_in_options
 
     if node.kind != "map":

@@ -20,14 +20,14 @@ class Override:
     value: Node
 
 
-def read_override(text: str) -> Override:
+def read_override(text: str, where: str = WHERE) -> Override:
     """Reads ``key.path=value``; the value is YAML. Raises ConfigError, for a secret too, which it does not repeat."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[^\s.=]+(?:\.[^\s.=]+)*", key):
-        raise ConfigError("is not of the form key.path=value", file=WHERE, expected="such as budget.max_cost=25.00")
-    node = parse(value.strip(), WHERE, key=key, located=False)
-    refuse_secrets(Node("map", WHERE, None, "", entries={key: node}))
+        raise ConfigError("is not of the form key.path=value", file=where, expected="such as budget.max_cost=25.00")
+    node = parse(value.strip(), where, key=key, located=False)
+    refuse_secrets(Node("map", where, None, "", entries={key: node}))
     return Override(tuple(key.split(".")), node)
 
 
@@ -46,7 +46,7 @@ def _placed(node: Node, parts: tuple[str, ...], override: Override) -> Node:
         width = next((n for n in range(len(parts), 1, -1) if ".".join(parts[:n]) in node.entries), 1)
         name, rest = ".".join(parts[:width]), parts[width:]
         path = f"{node.key}.{name}" if node.key else name
-        child = node.entries.get(name) or Node("scalar", WHERE, None, path)
+        child = node.entries.get(name) or Node("scalar", override.value.file, None, path)
         return replace(node, kind="map", entries={**node.entries, name: _placed(child, rest, override)})
     raise fault(override.value, f"{node.key} is a single value and holds no {parts[0]!r}")
 

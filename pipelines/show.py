@@ -1,0 +1,189 @@
+"""Results as plain text for people: a run's summary, a quote, a table. No colour, no terminal width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from bidbeam.pipelines.jsonable import jsonable
+from bidbeam.pipelines.progress import usd
+from bidbeam.pipelines.summary import Quote, RunSummary
+
+
+def summary_text(summary: RunSummary) -> str:
+    """A run's end: what was served, what it cost, where it is, and the run id on the last line."""
+    if summary.status == "nothing_to_do":
+        head = "nothing to do: every request of this run is settled"
+    else:
+        head = summary.status + (" (rehearsal: nothing was sent or spent)" if summary.rehearsal else "")
+    rows = [("status", head), ("prompts", f"{summary.requests:,}, of which {summary.served:,} were served")]
+    dead = sum(summary.dead.values())
+    if dead:
+        rows.append(("dead letters", f"{dead:,}: {counts(summary.dead)}"))
+    rows.append(("tokens", _tokens(summary)))
+    rows.append(("cost", usd(summary.cost) + _saved(summary.cost, summary.baseline_cost)))
+    if summary.status != "nothing_to_do":
+        rows.append(("elapsed", duration_text(summary.elapsed_s)))
+    rows += [("output", summary.output_url), ("ledger", summary.ledger_url), ("run", summary.run_id)]
+    text = aligned(rows)
+    if summary.pools:
+        heads = ("pool", "requests", "input", "cached", "output", "cost")
+        body = [
+            (
+                each.pool,
+                *map(_count, (each.requests, each.input_tokens, each.cached_tokens, each.output_tokens)),
+                usd(each.cost),
+            )
+            for each in summary.pools
+        ]
+        text = table_text(heads, body, right=range(1, 6)) + "\n\n" + text
+    return text
+
+
+def _tokens(summary: RunSummary) -> str:
+    text = f"{_count(summary.input_tokens)} in, {_count(summary.output_tokens)} out"
+    if summary.cached_tokens is not None:
+        text += f"; {summary.cached_tokens:,} from cache"
+        if summary.ideal_cached_tokens:
+            share = 100 * summary.cached_tokens / summary.ideal_cached_tokens
+            text += f", {share:.1f}% of the ideal {summary.ideal_cached_tokens:,}"
+    return text
+
+
+def _saved(cost: Decimal, baseline: Decimal | None) -> str:
+    if baseline is None:
+        return ""
+    text = f"; {usd(baseline)} at the baseline"
+    return text + (f", {100 * (baseline - cost) / baseline:.1f}% saved" if baseline > 0 and cost <= baseline else "")
+
+
+def quote_text(quote: Quote) -> str:
+    """A quote: a row per pool, then the totals against budget, deadline and baseline."""
+    about = " (estimates: a model's tokenizer is not known)" if quote.estimated else ""
+    rows = [("prompts", f"{quote.requests:,}" + (f", {quote.dead_invalid:,} invalid" if quote.dead_invalid else ""))]
+    share = (
+        f", {100 * quote.ideal_cached_tokens / quote.input_tokens:.1f}% from cache at best"
+        if quote.input_tokens
+        else ""
+    )
+    rows.append(("input tokens", f"{quote.input_tokens:,}{about}{share}"))
+    if quote.unserved:
+        rows.append(("unserved", counts(quote.unserved)))
+    rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
+    rows.append(("worst case", usd(quote.worst_case_cost) + _against_budget(quote)))
+    if quote.lp_bound is not None:
+        regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
+        rows.append(("lower bound", usd(quote.lp_bound) + regret))
+    if quote.finish_at is not None:
+        rows.append(("finish", f"{quote.finish_at:%Y-%m-%d %H:%M:%S %Z}" + _against_deadline(quote)))
+    elif quote.deadline_at is not None:
+        rows.append(("deadline", f"{quote.deadline_at:%Y-%m-%d %H:%M:%S %Z}"))
+    rows.append(("run", quote.run_id))
+    heads = ("pool", "price", "lots", "requests", "expected", "worst case", "finish", "why not")
+    body = [
+        (
+            each.pool,
+            each.price,
+            f"{each.lots:,}",
+            f"{each.requests:,}",
+            usd(each.expected_cost),
+            usd(each.worst_case_cost),
+            "" if each.finish_s is None else duration_text(each.finish_s),
+            each.why_not or "",
+        )
+        for each in quote.pools
+    ]
+    return table_text(heads, body, right=range(2, 7)) + "\n\n" + aligned(rows)
+
+
+def _against_budget(quote: Quote) -> str:
+    if quote.budget is None:
+        return "; no budget is set"
+    fits = "within" if quote.worst_case_cost <= quote.budget else "more than"
+    return f", {fits} the budget of {usd(quote.budget)}"
+
+
+def _against_deadline(quote: Quote) -> str:
+    if quote.deadline_at is None or quote.finish_at is None:
+        return ""
+    kept = "before" if quote.finish_at <= quote.deadline_at else "after"
+    return f", {kept} the deadline {quote.deadline_at:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """Counts by name, the largest first."""
+    return ", ".join(f"{n:,} {name}" for name, n in sorted(numbers.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def duration_text(seconds: float) -> str:
+    """A length of time for people: 850 ms, 12.3 s, 4 min 05 s, 2 h 03 min."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def aligned(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
+    pairs = list(rows)
+    width = max((len(name) for name, _ in pairs), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs)
+
+
+def table_text(heads: Sequence[str], body: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> str:
+    """Rows in columns as wide as they need, the columns in ``right`` flush right."""
+    flush = frozenset(right)
+    cells = [tuple(heads), *(tuple(map(_one_line, row)) for row in body)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(heads))]
+    lines = [
+        "  ".join(
+            f"{cell:>{width}}" if place in flush else f"{cell:<{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _one_line(cell: str) -> str:
+    """No line break and no control character, whatever the data holds."""
+    return "".join(char if char.isprintable() else " " for char in cell)
+
+
+def cell_text(value: Any, empty: str = "") -> str:
+    """A value of a result as text: decimals plain, NULL as ``empty``, nested values as JSON."""
+    import json
+
+    plain = jsonable(value)
+    if plain is None:
+        return empty
+    if isinstance(plain, bool):
+        return "true" if plain else "false"
+    return json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)
+
+
+def outline(value: Any, indent: int = 0) -> str:
+    """Nested mappings and lists as indented lines, a list of mappings as a table."""
+    pad = " " * indent
+    lines: list[str] = []
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            lines += [f"{pad}{name}", outline(item, indent + 2)]
+        elif isinstance(item, list) and item and all(isinstance(each, Mapping) for each in item):
+            heads = list(dict.fromkeys(key for each in item for key in each))
+            used = [head for head in heads if any(each.get(head) is not None for each in item)] or heads
+            table = table_text(used, [[cell_text(each.get(head)) for head in used] for each in item])
+            lines += [f"{pad}{name}", *(f"{pad}  {line}" for line in table.splitlines())]
+        else:
+            lines.append(f"{pad}{name}: {cell_text(item, 'none')}")
+    return "\n".join(lines)

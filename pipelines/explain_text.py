@@ -1,0 +1,182 @@
+"""An explanation as people read it on a terminal: plain text, no colour, at most a few screens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from decimal import Decimal, localcontext
+
+from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation
+
+__all__ = ["render_text"]
+
+
+def render_text(explanation: Explanation) -> str:
+    """The whole story, one section for the request, each round's clearing and each attempt; ends with a newline."""
+    lines = [*_head(explanation)]
+    for clearing in explanation.clearings:
+        lines += ["", *_clearing(clearing)]
+    for attempt in explanation.attempts:
+        lines += ["", *_attempt(attempt, explanation.request_id)]
+    if not explanation.attempts:
+        lines += ["", "No attempt: nothing was sent for it."]
+    return "\n".join(lines) + "\n"
+
+
+def _head(it: Explanation) -> Iterator[str]:
+    ended = it.status if it.reason is None else f"{it.status} ({it.reason})"
+    yield f"Request {it.request_id} in run {it.run_id} ({it.run_status})"
+    yield f"  {ended}, {_count(len(it.attempts), 'attempt')}, cost {_money(it.cost)}"
+    facts = {
+        "row": None if it.source_file is None else f"{it.source_file}, row {it.source_row}",
+        "tenant": it.tenant,
+        "placement": it.placement,
+        "tags": it.tags if it.tags != "{}" else None,
+    }
+    yield from (f"  {name}: {value}" for name, value in facts.items() if value is not None)
+    if it.shared_with is not None:
+        yield f"  answered together with {it.shared_with}, which paid for both"
+    if it.rows_with_this_id > 1:
+        yield f"  {it.rows_with_this_id} rows of the input have this id: the first counts, the others are invalid"
+    if it.other_runs:
+        yield f"  also in {', '.join(it.other_runs)}: add --run to see it there"
+
+
+def _clearing(it: Clearing) -> Iterator[str]:
+    size = [] if it.requests is None else [_count(it.requests, "request")]
+    if it.input_tokens is not None:
+        cached = f", {it.ideal_cached_tokens} at best from the cache" if it.ideal_cached_tokens is not None else ""
+        size.append(f"{it.input_tokens} input tokens{cached}")
+    about = f" ({'; '.join(size)})" if size else ""
+    yield f"Round {it.round}, lot {it.lot_id}{about}"
+    offers = [bid for bid in it.bids if bid.eligible]
+    if offers:
+        yield from _table(_BID_HEAD, [_bid_cells(bid, it) for bid in offers])
+    for bid in it.bids:
+        if not bid.eligible:
+            yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
+    yield f"  {_why(it)}"
+    if it.winner is not None:
+        yield (
+            f"  paid {_money(it.price_paid)} for the lot ({it.payment_rule or 'no rule'}), "
+            f"{_money(it.reserved)} reserved for the worst case"
+        )
+
+
+def _why(it: Clearing) -> str:
+    if it.winner is None:
+        if not it.bids:
+            return "no bid was recorded"
+        return "nobody won it" if any(bid.eligible for bid in it.bids) else "nobody could serve it"
+    if it.runner_up is None:
+        return f"{it.winner} won: no other pool could serve the lot"
+    if it.margin is None:
+        return f"{it.winner} won before {it.runner_up}"
+    if it.margin < 0:
+        return (
+            f"{it.winner} won although {it.runner_up} scored {_money(-it.margin)} lower: "
+            "what that pool can take was worth more to other lots"
+        )
+    if it.margin == 0:
+        return f"{it.winner} won on equal scores with {it.runner_up}"
+    return f"{it.winner} won: its score is {_money(it.margin)} lower than that of {it.runner_up}, the runner-up"
+
+
+_BID_HEAD = ("", "pool", "score", "= expected", "+ risk", "+ lateness", "worst case", "cached", "output", "finishes")
+
+
+def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
+    return (
+        {clearing.winner: "*", clearing.runner_up: "2"}.get(bid.pool, ""),
+        bid.pool,
+        *(_amount(value) for value in (bid.score, bid.expected_cost, bid.risk_cost, bid.lateness_cost)),
+        _amount(bid.worst_case_cost),
+        _amount(bid.expected_cached_tokens),
+        _amount(bid.expected_output_tokens),
+        _time(bid.finish_at),
+    )
+
+
+def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
+    number = "" if it.attempt_no is None else f" {it.attempt_no}"
+    took = ""
+    if it.started_at is not None and it.finished_at is not None:
+        took = f", {(it.finished_at - it.started_at).total_seconds():.3f} s from {_time(it.started_at)}"
+    yield f"Attempt{number} ({it.kind}) on {it.pool}: {it.status}{took}"
+    if it.request_id != request_id:
+        yield f"  made for {it.request_id}"
+    error = [it.error_class, None if it.http_status is None else f"HTTP {it.http_status}", it.error_message]
+    if any(part is not None for part in error):
+        yield f"  error: {', '.join(part for part in error if part is not None)}"
+    yield (
+        f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, "
+        f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'})"
+    )
+    facts = {
+        "model": it.model,
+        "endpoint": it.endpoint_host,
+        "jurisdiction": it.jurisdiction,
+        "operator": it.operator,
+        "provider's request id": it.provider_request_id,
+        "provider's own figure": None if it.provider_cost is None else _money(it.provider_cost),
+        "attempt id": it.attempt_id,
+    }
+    yield f"  {'; '.join(f'{name} {value}' for name, value in facts.items() if value is not None)}"
+    yield from _charges(it.charges)
+
+
+def _charges(charges: Sequence[Charge]) -> Iterator[str]:
+    if not charges:
+        yield "  no charge"
+        return
+    rows = [
+        (
+            "",
+            charge.meter,
+            _amount(charge.quantity),
+            _amount(charge.unit_price),
+            f"{_amount(charge.cost_native)} {charge.currency}",
+            "" if charge.currency == "USD" else f"{_amount(charge.fx_rate)} ({charge.fx_source or 'source unknown'})",
+            _amount(charge.cost),
+        )
+        for charge in charges
+    ]
+    yield from _table(("", "meter", "quantity", "x unit price", "= cost", "x rate", "= USD"), rows)
+    yield f"  together {_money(_total([charge.cost for charge in charges]))}"
+
+
+def _total(costs: Sequence[Decimal | None]) -> Decimal | None:
+    """Exact; unknown where one of them is."""
+    known = [cost for cost in costs if cost is not None]
+    with localcontext(prec=80):  # the default would round from 28 digits on
+        return sum(known, Decimal(0)) if len(known) == len(costs) else None
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Aligned columns; one that is empty in all rows is left out."""
+    keep = [at for at, name in enumerate(head) if any(row[at] for row in rows) or (name and at < 2)]
+    lines = [[line[at] for at in keep] for line in (head, *rows)]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(keep))]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield f"  {'  '.join(cells)}".rstrip()
+
+
+def _money(value: Decimal | None) -> str:
+    return "unknown" if value is None else f"{_amount(value)} USD"
+
+
+def _amount(value: Decimal | int | None) -> str:
+    """All digits, without the zeros at the end; ``?`` where unknown."""
+    if value is None:
+        return "?"
+    text = f"{value:f}" if isinstance(value, Decimal) else str(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _time(value: datetime | None) -> str:
+    return "?" if value is None else value.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

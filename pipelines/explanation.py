@@ -1,0 +1,134 @@
+"""What the ledger knows of one request: the values that ``bidbeam explain`` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Bid:
+    """One pool's offer for the lot. ``score`` = expected + risk + lateness cost, all USD; the lowest is the best."""
+
+    pool: str
+    eligible: bool
+    reject_reason: str | None
+    expected_cached_tokens: int | None
+    expected_output_tokens: int | None
+    expected_cost: Decimal | None
+    risk_cost: Decimal | None
+    lateness_cost: Decimal | None
+    score: Decimal | None
+    worst_case_cost: Decimal | None
+    finish_at: datetime | None
+    price_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Clearing:
+    """One round's auction of the lot that the request was in. ``winner`` None: nobody was awarded the lot.
+
+    ``margin`` is the runner-up's score minus the winner's; negative where the clearing gave the cheaper pool's
+    capacity to other lots. ``price_paid`` and ``reserved`` are USD for the whole lot.
+    """
+
+    round: int
+    lot_id: str
+    model: str | None
+    requests: int | None
+    input_tokens: int | None
+    ideal_cached_tokens: int | None
+    bids: tuple[Bid, ...]
+    winner: str | None
+    runner_up: str | None
+    margin: Decimal | None
+    payment_rule: str | None
+    price_paid: Decimal | None
+    reserved: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """quantity x unit_price = cost_native in ``currency``; x fx_rate = cost in USD."""
+
+    charge_id: str
+    meter: str
+    quantity: Decimal
+    unit_price: Decimal
+    currency: str
+    cost_native: Decimal
+    fx_rate: Decimal | None
+    fx_source: str | None
+    cost: Decimal | None
+    price_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try. ``request_id`` is another request's where the answer was shared; that one paid."""
+
+    attempt_id: str
+    request_id: str
+    round: int
+    lot_id: str | None
+    attempt_no: int | None
+    kind: str
+    pool: str
+    model: str | None
+    status: str
+    error_class: str | None
+    error_message: str | None
+    http_status: int | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    input_tokens: int | None
+    cached_tokens: int | None
+    output_tokens: int | None
+    usage_source: str | None
+    provider_request_id: str | None
+    provider_cost: Decimal | None
+    jurisdiction: str | None
+    operator: str | None
+    endpoint_host: str | None
+    charges: tuple[Charge, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that the ledger knows of one request in one run. Costs are USD; ``cost`` includes retries and other waste."""
+
+    run_id: str
+    run_date: date
+    run_status: str
+    other_runs: tuple[str, ...]
+    """Other runs with a request of this id, the latest first."""
+    request_id: str
+    rows_with_this_id: int
+    """More than 1: the others of the run's input are invalid, because the first one wins."""
+    source_file: str | None
+    source_row: int | None
+    tenant: str | None
+    placement: str | None
+    status: str
+    reason: str | None
+    shared_with: str | None
+    cost: Decimal | None
+    tags: str | None
+    clearings: tuple[Clearing, ...]
+    attempts: tuple[Attempt, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object: decimals are strings with all their digits, times are ISO 8601 in UTC."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_json_value))
+        return found
+
+
+def _json_value(value: Any) -> str:
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, (date, datetime)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

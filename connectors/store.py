@@ -14,7 +14,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +188,18 @@ class Store:
         """Whether a directory is here: on an object store, whether anything is below it."""
         with self._reporting("look up", ""):
             return self._backend.is_directory(self._root)
+
+    def children(self) -> Sequence[str]:
+        """The names directly in this directory, files and directories, sorted; a missing directory has none."""
+        with self._reporting("list", ""):
+            return sorted(self._backend.children(self._root))
+
+    def glob(self, pattern: str) -> Sequence[Entry]:
+        """The files that match a glob below this directory, sorted by name; ``**`` spans directories."""
+        cut = len(self._root.rstrip("/")) + 1
+        with self._reporting("list", pattern):
+            found = [Entry(e.name[cut:], e.size, e.version) for e in self._backend.glob(self._root, pattern)]
+        return sorted(found, key=lambda entry: entry.name)
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All files whose name starts with ``prefix``, at any depth, sorted by name; a missing directory has none."""

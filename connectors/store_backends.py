@@ -1,5 +1,5 @@
 # Paths are plain strings here, as the stores have them.
-# ruff: noqa: PTH103, PTH105, PTH108, PTH112, PTH116, PTH118, PTH120, PTH123
+# ruff: noqa: PTH207, PTH208, PTH103, PTH105, PTH108, PTH112, PTH116, PTH118, PTH120, PTH123
 """How each kind of store keeps the promises of ``Store``: the local filesystem, and everything fsspec reaches.
 
 Both raise ``FileExistsError`` where a create-only write lost, ``FileNotFoundError`` where a name is missing, and
@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from glob import has_magic
+from glob import escape, glob, has_magic
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -52,6 +52,8 @@ class Backend(Protocol):
     def info(self, path: str) -> Entry | None: ...
     def is_directory(self, path: str) -> bool: ...
     def walk(self, directory: str) -> Iterator[Entry]: ...
+    def glob(self, directory: str, pattern: str) -> Iterator[Entry]: ...
+    def children(self, directory: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
     def delete_tree(self, directory: str) -> None: ...
     def scratch_directory(self, directory: str) -> str: ...
@@ -131,6 +133,18 @@ class LocalBackend:
                                 yield _local_entry(entry.path, entry.stat())
             except (FileNotFoundError, NotADirectoryError):
                 continue
+
+    def glob(self, directory: str, pattern: str) -> Iterator[Entry]:
+        for name in glob(pattern, root_dir=directory, recursive=True):
+            found = self.info(os.path.join(directory, name))
+            if found is not None:
+                yield found
+
+    def children(self, directory: str) -> list[str]:
+        try:
+            return os.listdir(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -253,6 +267,20 @@ class RemoteBackend:
         for path, info in found.items():
             if info["type"] != "directory" and not path.endswith("/"):
                 yield _remote_entry(path, info)
+
+    def glob(self, directory: str, pattern: str) -> Iterator[Entry]:
+        self._fs.invalidate_cache()
+        found = self._fs.glob(f"{escape(directory)}/{pattern}", detail=True)
+        for path, info in found.items():
+            if info["type"] != "directory" and not path.endswith("/"):
+                yield _remote_entry(path, info)
+
+    def children(self, directory: str) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            return [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(directory, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -26,6 +26,8 @@ from bidbeam.transforms.pricing import Floats, Ints, Usage, bill, bill_float, ra
 
 Bools = npt.NDArray[np.bool_]
 
+_SUMMAND = pa.decimal128(37, 18)
+
 REMOTE_CACHE_SHARE = 0.5
 """Prior for a remote pool that sells cached input: it has caches, but more than one, and spreads requests over them."""
 
@@ -214,6 +216,10 @@ class BidMatrix:
         """Expected cost of failures (COST): what a lot costs again, times the pool's failure rate."""
         return scaled(expected, _failure_rate(self.pools[pool]))
 
+    def score_of(self, pool: int, expected: pa.Array) -> pa.Array:
+        """The exact score (COST) of bids with these expected costs."""
+        return pc.add(expected.cast(_SUMMAND), self.risk_cost(pool, expected).cast(_SUMMAND))
+
     def warm_where(self, awarded: Ints) -> Bools:
         """Which bids are warm, (lots, pools): the pool has been awarded the lot before. ``awarded`` is -1 for none."""
         warm = np.zeros(self.eligible.shape, dtype=np.bool_)
@@ -245,7 +251,6 @@ class BidMatrix:
         expected = self._bill(pool, usage)
         risk = self.risk_cost(pool, expected)
         lateness = pa.repeat(pa.scalar(Decimal(0), COST), n)
-        score = pc.add(expected.cast(pa.decimal128(37, 18)), risk.cast(pa.decimal128(37, 18)))
         finish = finish_times(state, self.now, self.seconds[:, pool])
 
         def label(value: str) -> pa.Array:
@@ -269,7 +274,7 @@ class BidMatrix:
                 offered(risk),
                 offered(lateness),
                 offered(finish),
-                offered(score),
+                offered(self.score_of(pool, expected)),
                 label(state.spec.price.price_id),
             ],
             schema=BIDS,

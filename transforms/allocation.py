@@ -1,0 +1,210 @@
+"""Which lot goes to which pool: near the least cost under each pool's seconds, with a bound that says how near.
+
+In the letters of ``market``: for any prices m >= 0 on the pools' seconds, the least of ``c - s + m a`` over all
+assignments, which a chain of minima finds exactly, less ``m K``, is a lower bound: the linear program's dual, with the
+savings of neighbours exact. The prices come from the linear program over *classes* of lots alike, then from one over
+the lots that waver between pools.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from bidbeam.transforms.linear_program import least_makespan, transport
+from bidbeam.transforms.local_search import improve
+from bidbeam.transforms.market import UNSERVED, Bools, Floats, Ints, Market, best_chain, greedy
+
+_CLASS_VARIABLES = 12_000
+_CORE_VARIABLES = 60_000
+_CHOICES = 4
+_CORE_PASSES = 3
+_GOOD_ENOUGH = 1e-4
+
+
+def allocate(market: Market) -> Ints:
+    """The pool of each lot, or UNSERVED where none has room for it; never worse than ``greedy``. Deterministic.
+
+    As many requests as possible come first, then cost. Whatever is left unserved fits into no eligible pool's room.
+    """
+    free, _ = best_chain(market.cost, market.saving)
+    if np.all(market.load(free) <= market.room):
+        return free
+    prices, shares = class_prices(market)
+    tried = [greedy(market), _fill(market, prices, shares, _classes(market))]
+    core = core_prices(market, prices)
+    if core is not None:
+        tried.append(_fill_rest(market, core[0], core[1]))
+    tried = [improve(market, pool_of) for pool_of in tried]
+    return min(tried, key=market.regarded)
+
+
+def lower_bound(market: Market, pool_of: Ints) -> float:
+    """No assignment of the same lots within the same room costs less than this. ``pool_of`` serves all of them."""
+    prices = np.zeros(len(market.room))
+    bound = _dual_value(market, prices)
+    value = market.value(pool_of)
+    if value - bound > _GOOD_ENOUGH * abs(value) and np.isfinite(market.room).any():
+        prices, _ = class_prices(market)
+        bound = max(bound, _dual_value(market, prices))
+        if value - bound > _GOOD_ENOUGH * abs(value):
+            core = core_prices(market, prices)
+            bound = bound if core is None else max(bound, _dual_value(market, core[0]))
+    return min(bound, value)
+
+
+def _dual_value(market: Market, prices: Floats) -> float:
+    _, least = best_chain(market.cost + market.seconds * prices, market.saving)
+    bounded = np.isfinite(market.room)
+    return least - float(prices[bounded] @ market.room[bounded])
+
+
+def shortest_horizon(market: Market, timed: Bools) -> float:
+    """Seconds in which the ``timed`` pools together could serve all that they may serve, were lots divisible; 0 where
+    they may serve nothing."""
+    classes = _classes(market)
+    eligible = np.isfinite(market.cost)
+    may = np.zeros((int(classes.max()) + 1, len(timed)), dtype=np.bool_)
+    may[classes] = eligible & timed
+    seconds = np.zeros(may.shape)
+    np.add.at(seconds, classes, np.where(eligible, market.seconds, 0.0))
+    rows, columns = np.nonzero(may)
+    return least_makespan(rows, columns, seconds[rows, columns])
+
+
+def _classes(market: Market) -> Ints:
+    """The class of each lot, (lots,): the same eligible pools and like profiles. Splits the largest spread in two."""
+    eligible = np.isfinite(market.cost)
+    _, pattern = np.unique(np.packbits(eligible, axis=1), axis=0, return_inverse=True)
+    groups = [np.flatnonzero(pattern.ravel() == code) for code in range(int(pattern.max()) + 1)]
+    limit = max(_CLASS_VARIABLES // max(market.cost.shape[1], 1), 20)
+
+    def spread(rows: Ints) -> tuple[float, int]:
+        widths = np.ptp(market.profile[rows], axis=0)
+        feature = int(np.argmax(widths))
+        return -float(widths[feature] * market.size[rows].sum()), feature
+
+    heap = [(*spread(rows), at) for at, rows in enumerate(groups)]
+    heapq.heapify(heap)
+    while heap and len(groups) < limit:
+        width, feature, at = heapq.heappop(heap)
+        if width == 0:
+            break
+        rows = groups[at]
+        values = market.profile[rows, feature]
+        high = values > (values.min() + values.max()) / 2
+        groups[at] = rows[~high]
+        groups.append(rows[high])
+        for part in (at, len(groups) - 1):
+            heapq.heappush(heap, (*spread(groups[part]), part))
+    classes = np.zeros(len(market.cost), dtype=np.int64)
+    for code, rows in enumerate(groups):
+        classes[rows] = code
+    return classes
+
+
+def class_prices(market: Market) -> tuple[Floats, Floats]:
+    """Prices of the pools' seconds (pools,), and the share of each class that each pool gets (classes, pools)."""
+    classes = _classes(market)
+    count = int(classes.max()) + 1
+    eligible = np.isfinite(market.cost)
+
+    def summed(values: Floats) -> Floats:
+        total = np.zeros((count, values.shape[1]))
+        np.add.at(total, classes, values)
+        return total
+
+    cost = summed(np.where(eligible, market.cost - market.saving, 0.0))
+    seconds = summed(np.where(eligible, market.seconds, 0.0))
+    may = np.zeros(cost.shape, dtype=np.bool_)
+    may[classes] = eligible
+    unserved = np.bincount(classes, market.unserved_cost, minlength=count).astype(np.float64)
+    rows, columns = np.nonzero(may)
+    shares, prices = transport(rows, columns, cost[rows, columns], seconds[rows, columns], unserved, market.room)
+    spread = np.zeros(cost.shape)
+    spread[rows, columns] = shares
+    return prices, spread
+
+
+def core_prices(market: Market, prices: Floats) -> tuple[Floats, Ints] | None:
+    """Better prices, and the pool of each lot that does not waver (else UNSERVED): the linear program over single lots,
+    each with the few pools that are best for it at the given prices. None where no lot wavers."""
+    warm = market.cost - market.saving
+    choices = min(_CHOICES, warm.shape[1])
+    if choices < 2:
+        return None
+    for _ in range(_CORE_PASSES):
+        priced = warm + market.seconds * prices
+        best = np.argpartition(priced, choices - 1, axis=1)[:, :choices]
+        value = np.take_along_axis(priced, best, axis=1)
+        order = np.argsort(value, axis=1, kind="stable")
+        best, value = np.take_along_axis(best, order, axis=1), np.take_along_axis(value, order, axis=1)
+        open_lots = np.flatnonzero(np.isfinite(value[:, 0]))
+        gap = (value[open_lots, 1] - value[open_lots, 0]) / market.size[open_lots]
+        most = _CORE_VARIABLES // choices
+        wavering = np.sort(open_lots[np.argsort(gap, kind="stable")[:most]])
+        sure = np.setdiff1d(open_lots, wavering, assume_unique=True)
+        pool_of = np.full(len(warm), UNSERVED, dtype=np.int64)
+        pool_of[sure] = best[sure, 0]
+        room = market.room - market.load(pool_of)
+        rows, at = np.nonzero(np.isfinite(value[wavering]))
+        lots, pools = wavering[rows], best[wavering[rows], at]
+        shares, found = transport(
+            rows,
+            pools,
+            warm[lots, pools],
+            market.seconds[lots, pools],
+            market.unserved_cost[wavering],
+            np.maximum(room, 0.0),
+        )
+        whole = shares > 1 - 1e-6
+        pool_of[lots[whole]] = pools[whole]
+        if np.allclose(found, prices, rtol=1e-6):
+            break
+        prices = found
+    return prices, pool_of
+
+
+def _fill(market: Market, prices: Floats, shares: Floats, classes: Ints) -> Ints:
+    """Deals out each class as the linear program shared it, in order and in long runs, then places what is left."""
+    sizes = np.bincount(classes, market.size, minlength=len(shares))
+    quota = shares * sizes[:, None]
+    left = market.room.copy()
+    pool_of = np.full(len(classes), UNSERVED, dtype=np.int64)
+    for lot, kind in enumerate(classes):
+        due = quota[kind]
+        before = pool_of[lot - 1] if lot else UNSERVED
+        half = market.size[lot] / 2
+        if before < 0 or due[before] < half or market.seconds[lot, before] > left[before]:
+            before = int(np.argmax(np.where(market.seconds[lot] <= left, due, -1.0)))
+        if due[before] >= half and market.seconds[lot, before] <= left[before]:
+            pool_of[lot] = before
+            due[before] -= market.size[lot]
+            left[before] -= market.seconds[lot, before]
+    return _fill_rest(market, prices, pool_of)
+
+
+def _fill_rest(market: Market, prices: Floats, pool_of: Ints) -> Ints:
+    """Gives each unserved lot its cheapest pool with room, those first that lose most by the second choice."""
+    pool_of = pool_of.copy()
+    left = market.room - market.load(pool_of)
+    for pool in np.flatnonzero(left < 0):
+        # More was dealt than there is room for: the smallest lots go back until the rest fits.
+        for lot in sorted(np.flatnonzero(pool_of == pool), key=lambda lot: market.seconds[lot, pool]):
+            if left[pool] >= 0:
+                break
+            pool_of[lot] = UNSERVED
+            left[pool] += market.seconds[lot, pool]
+    waiting = np.flatnonzero((pool_of < 0) & np.isfinite(market.cost).any(axis=1))
+    priced = market.cost[waiting] + market.seconds[waiting] * prices
+    ranked = np.sort(priced, axis=1)
+    second = ranked[:, 1] if ranked.shape[1] > 1 else np.full(len(waiting), np.inf)
+    for at in np.argsort(-(second - ranked[:, 0]), kind="stable"):
+        lot = waiting[at]
+        cost = np.where(market.seconds[lot] <= left, priced[at], np.inf)
+        pool = int(np.argmin(cost))
+        if cost[pool] < np.inf:
+            pool_of[lot] = pool
+            left[pool] -= market.seconds[lot, pool]
+    return pool_of

@@ -1,0 +1,344 @@
+"""Clearing a round: which pool gets which lot, at what reservation, and what nobody gets, with the reason.
+
+A pure function from bids to awards. Walls: a pool's seconds before the deadline, the budget against worst cases, and
+eligibility. Within them as many requests as possible are served, at the least total score.
+
+Without a deadline a pool of known speed is dealt no more than the *default horizon*: the shortest time in which the
+pools of known speed could serve everything they may serve, times ``slack``, so that several pools work at the same
+time and the cheap ones fill first. It leaves no lot out: what does not fit goes to the pool that is done with it first.
+A pool of unknown speed has no bound on its seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+
+from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.schemas import AUCTIONS, AWARDS
+from bidbeam.transforms.allocation import allocate, lower_bound, shortest_horizon
+from bidbeam.transforms.bidding import BidMatrix, finish_times
+from bidbeam.transforms.market import UNSERVED, Floats, Ints, Market, unserved_cost
+
+DEFAULT_SLACK = 1.25
+
+PaymentRule = Callable[[BidMatrix, Ints], list[Decimal | None]]
+"""What each awarded lot costs (USD), given all bids and the pool of each lot (-1: none); None for unserved lots."""
+
+
+def pay_as_bid(bids: BidMatrix, pool_of: Ints) -> list[Decimal | None]:
+    """The expected bill of the winning bid: what a posted price schedule asks for the lot."""
+    return _chosen(bids, pool_of, "expected")
+
+
+PAYMENT_RULES: Mapping[str, PaymentRule] = {"pay_as_bid": pay_as_bid}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clearing:
+    """The outcome of one round. Arrays have the shape (lots,) and hold indices of pools, -1 for none."""
+
+    bids: BidMatrix
+    pool_of: Ints
+    runner_up: Ints
+    """The next best eligible pool by score."""
+    fallback: Ints
+    """The runner-up where it may take the lot over within the budget, should the winner go down; else -1."""
+    payment: str
+    price_paid: tuple[Decimal | None, ...]
+    reserved: tuple[Decimal | None, ...]
+    """Worst case of the award (USD); None for unserved lots."""
+    committed: Decimal
+    """The most that this round can cost (USD), fallbacks included; never above the budget."""
+    unserved: Mapping[str, str]
+    """lot_id -> reason: budget, deadline, capacity, no_eligible_pool or too_long."""
+    objective: Decimal
+    lp_bound: Decimal | None
+    regret: Decimal | None
+
+    @property
+    def lots_of(self) -> dict[str, tuple[int, ...]]:
+        """Pool name -> rows of its lots, in prefix order; only pools that won something."""
+        return {
+            pool.spec.name: tuple(int(lot) for lot in np.flatnonzero(self.pool_of == at))
+            for at, pool in enumerate(self.bids.pools)
+            if np.any(self.pool_of == at)
+        }
+
+    @property
+    def reserved_seconds(self) -> dict[str, float]:
+        """Pool name -> engine seconds reserved for its awards; only pools paid by time that won something."""
+        return {
+            pool.spec.name: float(self.bids.worst_case_seconds(at)[self.pool_of == at].sum())
+            for at, pool in enumerate(self.bids.pools)
+            if pool.spec.price.by_time and np.any(self.pool_of == at)
+        }
+
+    @property
+    def finish_at(self) -> dict[str, datetime | None]:
+        """Pool name -> when it is expected to be done with its awards; None where its speed is unknown."""
+        done = {}
+        for name, lots in self.lots_of.items():
+            at = next(at for at, pool in enumerate(self.bids.pools) if pool.spec.name == name)
+            seconds = np.array([self.bids.seconds[list(lots), at].sum()])
+            done[name] = finish_times(self.bids.pools[at], self.bids.now, seconds)[0].as_py()
+        return done
+
+    def bids_table(self, *, run_id: str, round_number: int) -> pa.Table:
+        """All bids as they stood when the lots were awarded (BIDS): warm where the pool also won the lot before."""
+        return self.bids.to_table(run_id=run_id, round_number=round_number, warm=self.bids.warm_where(self.pool_of))
+
+    def awards_table(self, *, run_id: str, round_number: int) -> pa.Table:
+        """One row per awarded lot (AWARDS), in prefix order."""
+        lots = np.flatnonzero(self.pool_of >= 0)
+        names = [pool.spec.name for pool in self.bids.pools]
+        scores = _chosen(self.bids, self.pool_of, "score")
+        return pa.table(
+            {
+                "run_id": pa.array([run_id] * len(lots), AWARDS.field("run_id").type),
+                "round": pa.array([round_number] * len(lots), pa.int16()),
+                "lot_id": self.bids.lots.lot_id.take(pa.array(lots)),
+                "pool": pa.array([names[self.pool_of[lot]] for lot in lots], AWARDS.field("pool").type),
+                "score": pa.array([scores[lot] for lot in lots], AWARDS.field("score").type),
+                "runner_up": pa.array(
+                    [names[at] if at >= 0 else None for at in self.runner_up[lots]], AWARDS.field("runner_up").type
+                ),
+                "payment_rule": pa.array([self.payment] * len(lots), AWARDS.field("payment_rule").type),
+                "price_paid": pa.array([self.price_paid[lot] for lot in lots], AWARDS.field("price_paid").type),
+                "reserved": pa.array([self.reserved[lot] for lot in lots], AWARDS.field("reserved").type),
+                "fx_rate": pa.array([self.bids.rates[self.pool_of[lot]] for lot in lots], AWARDS.field("fx_rate").type),
+            },
+            schema=AWARDS,
+        )
+
+    def auction_table(self, *, run_id: str, round_number: int) -> pa.Table:
+        """The one row of this clearing (AUCTIONS)."""
+        row = {
+            "run_id": run_id,
+            "round": round_number,
+            "lots": len(self.bids.lots),
+            "pools": len(self.bids.pools),
+            "objective": self.objective,
+            "lp_bound": self.lp_bound,
+            "regret": self.regret,
+            "awarded": int(np.count_nonzero(self.pool_of >= 0)),
+            "cleared_at": self.bids.now,
+        }
+        return pa.Table.from_pylist([row], schema=AUCTIONS)
+
+
+def clear(
+    bids: BidMatrix,
+    *,
+    budget: Decimal | None = None,
+    payment: str = "pay_as_bid",
+    slack: float | None = DEFAULT_SLACK,
+) -> Clearing:
+    """Awards the lots of one round. Deterministic.
+
+    ``budget`` is what is left to reserve (USD), None for no wall; under it those lots come first that are cheapest per
+    answer. ``slack`` stretches the default horizon; None: no horizon, so without a deadline the cheapest pool of each
+    lot gets it. The deadline is the one that the bids were made for. Raises ConfigError for an unknown payment rule.
+    """
+    rule = PAYMENT_RULES.get(payment)
+    if rule is None:
+        raise ConfigError(
+            f"no payment rule {payment!r}", key="auction.payment", expected="one of " + ", ".join(PAYMENT_RULES)
+        )
+    market, soft = _market(bids, slack)
+    pool_of = allocate(market)
+    if soft:
+        pool_of = _finish_first(market, pool_of)
+    unserved = dict.fromkeys(np.flatnonzero(pool_of < 0), "capacity" if bids.deadline is None else "deadline")
+    for lot in np.flatnonzero(~bids.eligible.any(axis=1)):
+        unserved[lot] = bids.unserved_reason(int(lot)) or "no_eligible_pool"
+    worst = _WorstCases(bids)
+    if budget is not None and sum(map(worst, *_pairs(pool_of)), Decimal(0)) > budget:
+        affordable = _within_budget(market, bids, pool_of, worst, budget)
+        unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (affordable < 0)), "budget"))
+        pool_of = affordable
+        unserved = {lot: reason for lot, reason in unserved.items() if pool_of[lot] < 0}
+    reserved = tuple(worst(lot, pool) if pool >= 0 else None for lot, pool in enumerate(pool_of))
+    committed = sum((cost for cost in reserved if cost is not None), Decimal(0))
+    runner_up = _runners_up(bids, pool_of)
+    fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
+    objective, bound, regret = _regret(market, bids, pool_of, soft)
+    names = bids.lots.lot_id
+    return Clearing(
+        bids=bids,
+        pool_of=pool_of,
+        runner_up=runner_up,
+        fallback=fallback,
+        payment=payment,
+        price_paid=tuple(rule(bids, pool_of)),
+        reserved=reserved,
+        committed=committed,
+        unserved={names[int(lot)].as_py(): reason for lot, reason in sorted(unserved.items())},
+        objective=objective,
+        lp_bound=bound,
+        regret=regret,
+    )
+
+
+def _market(bids: BidMatrix, slack: float | None) -> tuple[Market, bool]:
+    """The bids as an instance to allocate, and whether its room is only the default horizon's."""
+    lots = bids.lots
+    size = np.maximum(lots.input_tokens + lots.max_output, 1).astype(np.float64)
+    shares = (lots.ideal_cached, lots.max_output, lots.requests * 100)
+    unbounded = np.array([not pool.tokens_per_second for pool in bids.pools], dtype=np.bool_)
+    market = Market(
+        cost=bids.score,
+        saving=bids.saving,
+        seconds=np.nan_to_num(bids.seconds, nan=0.0),
+        room=np.full(len(bids.pools), np.inf),
+        unserved_cost=unserved_cost(bids.score, lots.requests),
+        profile=np.column_stack([share / size for share in shares]),
+        size=size,
+    )
+    if bids.deadline is not None:
+        starts = [max(bids.now, pool.available_from) for pool in bids.pools]
+        left = [max((bids.deadline - start).total_seconds(), 0.0) for start in starts]
+        return market.within(np.where(unbounded, np.inf, left)), False
+    if slack is None or unbounded.all() or not len(lots):
+        return market, False
+    horizon = shortest_horizon(market, ~unbounded) * slack
+    return market.within(np.where(unbounded, np.inf, horizon)), True
+
+
+def _pairs(pool_of: Ints) -> tuple[Ints, Ints]:
+    lots = np.flatnonzero(pool_of >= 0)
+    return lots, pool_of[lots]
+
+
+def _finish_first(market: Market, pool_of: Ints) -> Ints:
+    """Gives each lot that the default horizon left over to the eligible pool that is done with it first."""
+    pool_of = pool_of.copy()
+    # Whatever a pool has beyond its room is time past the horizon that all share.
+    past = market.load(pool_of) - market.room
+    for lot in np.flatnonzero((pool_of < 0) & np.isfinite(market.cost).any(axis=1)):
+        done = np.where(np.isfinite(market.cost[lot]), past + market.seconds[lot], np.inf)
+        pool = int(np.lexsort((market.cost[lot], done))[0])
+        pool_of[lot] = pool
+        past[pool] += market.seconds[lot, pool]
+    return pool_of
+
+
+class _WorstCases:
+    """Exact worst case of (lot, pool) pairs, in USD; a pool's are computed when first asked for."""
+
+    def __init__(self, bids: BidMatrix) -> None:
+        self._bids, self._known = bids, dict[int, list[Decimal]]()
+
+    def __call__(self, lot: int, pool: int) -> Decimal:
+        if pool not in self._known:
+            self._known[pool] = self._bids.worst_case_cost(int(pool)).to_pylist()
+        return self._known[pool][lot]
+
+
+def _within_budget(market: Market, bids: BidMatrix, pool_of: Ints, worst: _WorstCases, budget: Decimal) -> Ints:
+    """The assignment with what the budget cannot cover left out: the cheapest per answer are covered first.
+
+    The lots are covered where they are, or dealt anew from the cheapest on, whichever serves more requests; what is
+    then served is allocated once more, for the room that the others leave.
+    """
+    asked = np.maximum(bids.lots.requests, 1)
+    dealt = np.where(pool_of >= 0, bids.score[np.arange(len(pool_of)), pool_of], np.inf)
+    nobody = np.full_like(pool_of, UNSERVED)
+    tried = [
+        _cover(market, bids, pool_of, np.argsort(dealt / asked, kind="stable"), worst, budget),
+        _cover(market, bids, nobody, np.argsort(bids.score.min(axis=1) / asked, kind="stable"), worst, budget),
+    ]
+    best = min(tried, key=market.regarded)
+    served = np.flatnonzero(best >= 0)
+    if len(served):
+        anew = allocate(market.only(served))
+        if np.all(anew >= 0) and sum(map(worst, served, anew), Decimal(0)) <= budget:
+            best[served] = anew
+    return best
+
+
+def _cover(market: Market, bids: BidMatrix, pool_of: Ints, order: Ints, worst: _WorstCases, budget: Decimal) -> Ints:
+    """Lots in this order, each on its pool in ``pool_of`` or else the cheapest with room, as far as the budget goes."""
+    left, covered = budget, np.full_like(pool_of, UNSERVED)
+    room = market.room - market.load(pool_of)
+    for lot in order:
+        here = int(pool_of[lot])
+        if here >= 0:
+            room[here] += market.seconds[lot, here]
+        ranked = np.argsort(bids.score[lot], kind="stable")
+        for pool in [*([here] if here >= 0 else []), *ranked[: np.count_nonzero(bids.eligible[lot])].tolist()]:
+            if market.seconds[lot, pool] <= room[pool] and worst(lot, pool) <= left:
+                covered[lot] = pool
+                left -= worst(lot, pool)
+                room[pool] -= market.seconds[lot, pool]
+                break
+    return covered
+
+
+def _runners_up(bids: BidMatrix, pool_of: Ints) -> Ints:
+    """The best eligible pool besides the winner, by the score of its bid as it stands (lots,)."""
+    runner_up = np.full(len(pool_of), UNSERVED, dtype=np.int64)
+    awarded = np.flatnonzero(pool_of >= 0)
+    if len(awarded) == 0:
+        return runner_up
+    score = np.where(bids.warm_where(pool_of), bids.score - bids.saving, bids.score)[awarded]
+    score[np.arange(len(awarded)), pool_of[awarded]] = np.inf
+    best = np.argmin(score, axis=1)
+    runner_up[awarded] = np.where(np.isfinite(score[np.arange(len(awarded)), best]), best, UNSERVED)
+    return runner_up
+
+
+def _fallbacks(
+    bids: BidMatrix, pool_of: Ints, runner_up: Ints, worst: _WorstCases, budget: Decimal | None, committed: Decimal
+) -> tuple[Ints, Decimal]:
+    """The runners-up that the budget covers besides the awards, and what is then committed.
+
+    A winner may go down when part of a lot is paid for, so both worst cases are covered. A pool paid by time is no
+    fallback under a budget: what bounds it are the seconds of its own awards.
+    """
+    if budget is None:
+        return runner_up, committed
+    fallback = np.full(len(pool_of), UNSERVED, dtype=np.int64)
+    for lot in np.flatnonzero(runner_up >= 0):
+        pool = int(runner_up[lot])
+        if bids.pools[pool].spec.price.by_time or committed + worst(lot, pool) > budget:
+            continue
+        committed += worst(lot, pool)
+        fallback[lot] = pool
+    return fallback, committed
+
+
+def _chosen(bids: BidMatrix, pool_of: Ints, what: str) -> list[Decimal | None]:
+    """Exact expected cost or score of each lot on its pool, warm where it follows the lot before there."""
+    warm = bids.warm_where(pool_of)
+    values: list[Decimal | None] = [None] * len(pool_of)
+    for pool in np.unique(pool_of[pool_of >= 0]):
+        lots = np.flatnonzero(pool_of == pool)
+        cost = bids.expected_cost(int(pool), warm[:, pool])
+        column = cost if what == "expected" else bids.score_of(int(pool), cost)
+        for lot, value in zip(lots, column.take(pa.array(lots)).to_pylist(), strict=True):
+            values[lot] = value
+    return values
+
+
+def _regret(
+    market: Market, bids: BidMatrix, pool_of: Ints, soft: bool
+) -> tuple[Decimal, Decimal | None, Decimal | None]:
+    """The awarded lots' total score, a lower bound for it within the same room, and how far above that it is."""
+    awarded = np.flatnonzero(pool_of >= 0)
+    scores = [score for score in _chosen(bids, pool_of, "score") if score is not None]
+    objective = sum(scores, Decimal(0))
+    if len(awarded) == 0:
+        return objective, None, None
+    room: Floats = np.maximum(market.room, market.load(pool_of)) if soft else market.room
+    bound = Decimal(lower_bound(market.within(room).only(awarded), pool_of[awarded]))
+    # The float's rounding must not lift the bound over what is exact.
+    bound = min(bound.quantize(Decimal("1e-18")), objective)
+    if bound <= 0:
+        return objective, max(bound, Decimal(0)), None
+    return objective, bound, ((objective - bound) / bound).quantize(Decimal("1e-15"))

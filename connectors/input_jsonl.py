@@ -8,52 +8,28 @@ value's JSON text instead, as does ``body`` of an OpenAI batch file, exactly as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from json import JSONDecodeError, decoder, dumps, loads
 from re import compile as pattern
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json as pj
 
+from bidbeam.connectors import input_lines
+from bidbeam.connectors.input_lines import Lines, blocks, cut_units, find_lines, first_byte
 from bidbeam.connectors.input_parts import Inspected, Unit, is_json_text, json_field
 from bidbeam.connectors.input_schema import merge_fields
 
 BAD = "_bidbeam_bad"
 """The extra last column of what is read: null, or why the line is not a row; never any of the line's text."""
 
-MAX_LINE_BYTES = 16 << 20
-_CHUNK = 8 << 20
-_BOM = b"\xef\xbb\xbf"
 _BATCH_TEXT = ("custom_id", "method", "url")
 _BATCH_BODY = "body"
-
-Ints = npt.NDArray[np.int64]
 
 
 class _BadLine(Exception):  # noqa: N818 - named for what it says
     """Why a line is not a row, in words that hold none of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Whole lines of a file; ``data`` is None for a single line longer than the limit, which is never held."""
-
-    offset: int
-    length: int
-    data: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Lines:
-    """The lines of a block that are not blank: byte spans without line ends, numbers within the block; count of all."""
-
-    starts: Ints
-    ends: Ints
-    numbers: Ints
-    total: int
 
 
 def is_openai_batch(schema: pa.Schema) -> bool:
@@ -73,13 +49,13 @@ def inspect(file: pa.NativeFile, unit_bytes: int) -> Inspected:
     units: list[Unit] = []
     columns: dict[str, pa.Field] = {}
     line, batch, any_row = 0, None, False
-    for block in _blocks(file, _start(file), size):
+    for block in blocks(file, first_byte(file), size):
         if block.data is None:
             units.append(Unit(block.offset, block.offset + block.length, 1, block.length, line))
             line += 1
             continue
-        lines = _find_lines(block.data)
-        units.extend(_cut(block, lines, unit_bytes, line))
+        lines = find_lines(block.data)
+        units.extend(cut_units(block, lines, unit_bytes, line))
         line += lines.total
         if batch is None:
             batch = _looks_like_batch(block.data, lines)
@@ -100,12 +76,12 @@ def read(file: pa.NativeFile, start: int, end: int, line_start: int, schema: pa.
     """
     tables = []
     line = line_start
-    for block in _blocks(file, start, end):
+    for block in blocks(file, start, end):
         if block.data is None:
             tables.append(_table([{}], schema, [f"line {line + 1}: {_too_long()}"], [line + 1]))
             line += 1
             continue
-        lines = _find_lines(block.data)
+        lines = find_lines(block.data)
         if len(lines.starts):
             tables.append(_read_block(block.data, lines, line, schema))
         line += lines.total
@@ -118,82 +94,6 @@ def merge_columns(left: pa.Schema, right: pa.Schema) -> pa.Schema:
     for field in right:
         _merge_into(columns, field)
     return pa.schema(list(columns.values()))
-
-
-# Lines
-
-
-def _start(file: pa.NativeFile) -> int:
-    file.seek(0)
-    return len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-
-
-def _blocks(file: pa.NativeFile, start: int, end: int) -> Iterator[_Block]:
-    """The bytes from ``start`` up to ``end`` in blocks of whole lines, a few MiB each, holding no over-long line."""
-    held = b""
-    position = start
-    while position + len(held) < end:
-        file.seek(position + len(held))
-        more = file.read(min(_CHUNK, end - position - len(held)))
-        if not more:
-            break
-        cut = more.rfind(b"\n") + 1
-        if cut:
-            data = held + more[:cut]
-            yield _Block(position, len(data), data)
-            position += len(data)
-            held = more[cut:]
-            continue
-        held += more
-        if len(held) > MAX_LINE_BYTES:
-            length = _skip_line(file, position + len(held), end) - position
-            yield _Block(position, length, None)
-            position += length
-            held = b""
-    if held:
-        yield _Block(position, len(held), held)
-
-
-def _skip_line(file: pa.NativeFile, position: int, end: int) -> int:
-    """Where the line that goes on at ``position`` ends, its line end included."""
-    while position < end:
-        file.seek(position)
-        more = file.read(min(_CHUNK, end - position))
-        if not more:
-            break
-        at = more.find(b"\n")
-        if at >= 0:
-            return position + int(at) + 1
-        position += len(more)
-    return position
-
-
-def _find_lines(data: bytes) -> _Lines:
-    buffer = np.frombuffer(data, np.uint8)
-    breaks = np.flatnonzero(buffer == 10)
-    starts = np.concatenate(([0], breaks + 1))
-    ends = np.concatenate((breaks, [len(data)]))
-    if data.endswith(b"\n"):
-        starts, ends = starts[:-1], ends[:-1]
-    ends = ends - ((ends > starts) & (buffer[np.maximum(ends - 1, 0)] == 13))
-    filled = ends > starts
-    led = np.flatnonzero(filled & np.isin(buffer[np.minimum(starts, len(data) - 1)], (32, 9, 13)))
-    for index in led:
-        filled[index] = bool(data[starts[index] : ends[index]].strip())
-    return _Lines(starts[filled], ends[filled], np.flatnonzero(filled), len(starts))
-
-
-def _cut(block: _Block, lines: _Lines, unit_bytes: int, line: int) -> Iterator[Unit]:
-    """Units of about ``unit_bytes`` that together are the block, each starting at a line that is a row."""
-    groups = lines.starts // max(1, unit_bytes)
-    firsts = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1)) if len(groups) else np.array([0])
-    for order, first in enumerate(firsts):
-        last = order == len(firsts) - 1
-        following = len(lines.starts) if last else int(firsts[order + 1])
-        begin = 0 if order == 0 else int(lines.starts[first])
-        end = block.length if last else int(lines.starts[following])
-        before = 0 if order == 0 else int(lines.numbers[first])
-        yield Unit(block.offset + begin, block.offset + end, following - int(first), end - begin, line + before)
 
 
 # Values
@@ -254,10 +154,10 @@ def _scan_object(text: str, at: int) -> dict[str, str]:
     return found
 
 
-def _objects(data: bytes, lines: _Lines) -> Iterator[dict[str, str] | _BadLine]:
+def _objects(data: bytes, lines: Lines) -> Iterator[dict[str, str] | _BadLine]:
     """Each line's values as JSON text, or why there are none."""
     for start, end in zip(lines.starts.tolist(), lines.ends.tolist(), strict=True):
-        if end - start > MAX_LINE_BYTES:
+        if end - start > input_lines.MAX_LINE_BYTES:
             yield _too_long()
             continue
         try:
@@ -269,10 +169,10 @@ def _objects(data: bytes, lines: _Lines) -> Iterator[dict[str, str] | _BadLine]:
 
 
 def _too_long() -> _BadLine:
-    return _BadLine(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+    return _BadLine(f"longer than {input_lines.MAX_LINE_BYTES >> 20} MiB")
 
 
-def _looks_like_batch(data: bytes, lines: _Lines) -> bool | None:
+def _looks_like_batch(data: bytes, lines: Lines) -> bool | None:
     """Whether the first object of the block is an OpenAI batch request; None where the block has no object."""
     for found in _objects(data, lines):
         if not isinstance(found, _BadLine):
@@ -283,7 +183,7 @@ def _looks_like_batch(data: bytes, lines: _Lines) -> bool | None:
 # Schema
 
 
-def _infer(data: bytes, lines: _Lines, fixed: set[str], columns: dict[str, pa.Field]) -> bool:
+def _infer(data: bytes, lines: Lines, fixed: set[str], columns: dict[str, pa.Field]) -> bool:
     """Merge the block's columns into ``columns``; whether it has a row. ``fixed`` columns stay as they are."""
     if not len(lines.starts):
         return False
@@ -363,7 +263,7 @@ def _readable(type_: pa.DataType) -> pa.DataType:
 # Rows
 
 
-def _read_block(data: bytes, lines: _Lines, line: int, schema: pa.Schema) -> pa.Table:
+def _read_block(data: bytes, lines: Lines, line: int, schema: pa.Schema) -> pa.Table:
     count = len(lines.starts)
     texts = [field.name for field in schema if is_json_text(field)]
     if not texts and len(schema) and _is_tidy(data, lines):
@@ -443,7 +343,7 @@ def _typed(schema: pa.Schema) -> pa.Schema:
     return pa.schema([(field.name, _readable(field.type)) for field in schema if not is_json_text(field)])
 
 
-def _parse(data: bytes, lines: _Lines, typed: pa.Schema | None) -> pa.Table:
+def _parse(data: bytes, lines: Lines, typed: pa.Schema | None) -> pa.Table:
     behaviour = "infer" if typed is None else "ignore"
     longest = int((lines.ends - lines.starts).max())
     return pj.read_json(
@@ -453,12 +353,12 @@ def _parse(data: bytes, lines: _Lines, typed: pa.Schema | None) -> pa.Table:
     )
 
 
-def _is_tidy(data: bytes, lines: _Lines) -> bool:
+def _is_tidy(data: bytes, lines: Lines) -> bool:
     """Whether every line is UTF-8, within the limit, and goes from a brace to a brace."""
     buffer = np.frombuffer(data, np.uint8)
     if not (np.all(buffer[lines.starts] == 123) and np.all(buffer[lines.ends - 1] == 125)):
         return False
-    if int((lines.ends - lines.starts).max()) > MAX_LINE_BYTES:
+    if int((lines.ends - lines.starts).max()) > input_lines.MAX_LINE_BYTES:
         return False
     try:
         data.decode()

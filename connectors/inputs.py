@@ -141,13 +141,13 @@ def _inspect(file: InputFile, target_bytes: int) -> Inspected:
                 raise pa.ArrowInvalid("it is empty")
             else:
                 found = (input_parquet if file.format == "parquet" else input_arrow).inspect(source)
+            check_names(found.schema, file.url)
     except StoreError as error:
         raise InputError(str(error)) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{file.url} is not a readable {file.format} file: {_reason(error)}; write it again, or leave it out"
         ) from error
-    check_names(found.schema, file.url)
     if file.format == "jsonl" and BAD in found.schema.names:
         raise InputError(f"{file.url} has a column {BAD!r}, a name that is taken; rename it")
     return found

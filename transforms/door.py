@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import REQUEST_FIELDS
 from bidbeam.connectors.schemas import LABEL
-from bidbeam.transforms.lots import lot_places, shared_with_previous
-from bidbeam.transforms.merging import piece_starts, read_order, read_range
+from bidbeam.transforms.lots import lot_places
+from bidbeam.transforms.merging import piece_starts, read_range
+from bidbeam.transforms.order import read_order, shared_with_previous
 from bidbeam.transforms.prefix import cacheable_tokens
 from bidbeam.transforms.rendering import messages_json, prompt_text, token_lists
 from bidbeam.transforms.run_context import RunContext

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bidbeam.connectors.errors import StoreError
+from bidbeam.transforms import stopping
 from bidbeam.transforms.lane import Lane
 from bidbeam.transforms.run_context import RunContext
 
@@ -56,6 +57,9 @@ def of(context: RunContext, prefix: str, lanes: Callable[[], Iterable[Lane]]) ->
     def keep() -> None:
         while not ended.wait(_EVERY_S[context.scratch.is_local]):
             beat()
+            with contextlib.suppress(OSError, StoreError):
+                if context.scratch.exists(stopping.FILE):
+                    stopping.request()
 
     beater = threading.Thread(target=keep, name="bidbeam-heartbeat", daemon=True)
     beater.start()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from bidbeam.transforms.order import shared_with_previous, split_group
 from bidbeam.transforms.prefix import Int64s, cacheable_tokens
 from bidbeam.transforms.run_context import RunContext
 
@@ -41,28 +40,6 @@ _SLACK = 0.25
 """A cut may move by this share of the budget to fall where little is shared."""
 
 
-def live_places(order: pa.Table, settled: npt.NDArray[np.bool_] | None = None) -> Int64s:
-    """The places of a range that need an answer: leaders that are neither dead nor settled. Ascending."""
-    n = order.num_rows
-    leader = order.column("leader").to_numpy().astype(np.int64)
-    live = (leader == np.arange(n)) & pc.is_null(order.column("reason")).to_numpy(zero_copy_only=False)
-    if settled is not None:
-        live &= ~settled
-    return np.flatnonzero(live)
-
-
-def shared_with_previous(order: pa.Table, places: Int64s) -> Int64s:
-    """Tokens that each of these places shares with the one before it in ``places``; 0 for the first. Shape of places."""
-    if len(places) == 0:
-        return np.zeros(0, np.int64)
-    shared = order.column("shared_tokens").to_numpy().astype(np.int64)[: places[-1] + 1]
-    # In sorted order the common prefix of two rows is the least one between neighbours on the way.
-    starts = np.concatenate([[places[0]], places[:-1] + 1])
-    least: Int64s = np.minimum.reduceat(shared, starts)
-    least[0] = 0
-    return least
-
-
 def cut_points(tokens: Int64s, shared: Int64s, groups: Int64s, budget: int, max_rows: int = _MAX_LOT_ROWS) -> list[int]:
     """Where lots begin: 0, then the cuts, then n. A lot holds one group and about ``budget`` tokens.
 
@@ -92,7 +69,7 @@ def cut_points(tokens: Int64s, shared: Int64s, groups: Int64s, budget: int, max_
 
 
 def lots_of_places(
-    context: RunContext, range_: int, groups: Sequence[str], order: pa.Table, places: Int64s, *, estimated: dict[str, bool]
+    context: RunContext, range_: int, groups: Sequence[str], order: pa.Table, places: Int64s
 ) -> pa.Table:
     """Cuts the given places of a range into lots (LOT), in order."""
     shared = shared_with_previous(order, places)
@@ -117,7 +94,7 @@ def lots_of_places(
                 "placement": placement,
                 "tenant": tenant,
                 **statistics,
-                "tokens_estimated": estimated[model],
+                "tokens_estimated": context.models[model].directory is None,
                 "range": range_,
                 "start": int(places[start]),
                 "end": int(places[end - 1]) + 1,
@@ -141,12 +118,6 @@ def lot_statistics(tokens: Int64s, answer: Int64s, output: Int64s, shared: Int64
         "max_output_tokens": int(output.sum()),
         "longest_tokens": int((tokens + answer).max()),
     }
-
-
-def split_group(name: str) -> tuple[str, str | None, str | None]:
-    """Model, placement and tenant of a group's name (see ``group_codes``)."""
-    model, placement, tenant = (part[1:] if part.startswith("\x01") else None for part in name.split("\x1f"))
-    return model or "", placement, tenant
 
 
 def lot_places(places: bytes) -> Int64s:

@@ -1,7 +1,6 @@
 """Merge: the spilled pieces of one range become its order, the small table that everything after refers to.
 
-The prompts stay where they were spilled. The order says, for each place of the range, which spilled row stands
-there, what it shares with the row before, and whether it is a duplicate, settled already, or dead.
+The prompts stay where they were spilled; see ``order`` for what it says of each place.
 """
 
 from __future__ import annotations
@@ -16,25 +15,10 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.connectors.store import Store
-from bidbeam.transforms.prefix import common_prefix_bytes
+from bidbeam.transforms.order import ORDER, live_places, shared_with_previous, split_group, write_order
+from bidbeam.transforms.prefix import cacheable_tokens, common_prefix_bytes
 from bidbeam.transforms.run_context import RunContext
-from bidbeam.transforms.spilling import SpillLayout, SpillRef, group_codes, layout_of, sorted_order
-
-ORDER = pa.schema(
-    [
-        pa.field("piece", pa.int32()),  # which spill of the range (its place in the split order)
-        pa.field("index", pa.int32()),  # row within that piece
-        pa.field("group", pa.int32()),  # model, placement and tenant: prefixes are shared within one only
-        pa.field("key", pa.binary(16)),  # content key, occurrence included
-        pa.field("shared_tokens", pa.int32()),  # leading tokens in common with the place before, in one group
-        pa.field("input_tokens", pa.int32()),
-        pa.field("max_tokens", pa.int32()),
-        pa.field("n", pa.int32()),
-        pa.field("leader", pa.int32()),  # the place that answers for this one; itself unless a duplicate
-        pa.field("reason", LABEL),  # null unless it died while the plan was made
-        pa.field("message", pa.string()),
-    ]
-)
+from bidbeam.transforms.spilling import SpillRef, group_codes, layout_of, sorted_order
 
 BYTES_PER_TOKEN = 4
 """What an estimate takes one token of text to be, where the model has no tokenizer."""
@@ -42,12 +26,14 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class RangeRef:
-    """One merged range: its order file and the sizes of what is in it. ``groups`` are the names by group code."""
+    """One merged range: its order file and the sizes of what is in it. ``groups`` are the names by group code;
+    ``ideal_cached_tokens`` is what an unbounded cache would have of all its requests, settled ones too."""
 
     range: int
     order_name: str
     rows: int
     groups: tuple[str, ...]
+    ideal_cached_tokens: int
 
 
 def pieces_of(spills: Sequence[SpillRef], range_: int) -> list[SpillRef]:
@@ -195,19 +181,13 @@ def _shared_tokens(keys: pa.Array, widths: pa.Array, groups: npt.NDArray[np.int6
     return shared
 
 
-def write_order(context: RunContext, range_: int, order: pa.Table) -> str:
-    name = f"order/range-{range_:06d}.arrow"
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, order.schema) as writer:
-        writer.write_table(order.combine_chunks())
-    context.scratch.create(name, sink.getvalue(), durable=False)
-    return name
-
-
-def read_order(context: RunContext, range_: int) -> pa.Table:
-    """The order of a range, ORDER, one chunk a column."""
-    with context.scratch.open_input(f"order/range-{range_:06d}.arrow") as source:
-        return pa.ipc.open_file(source).read_all().combine_chunks()
+def ideal_of(context: RunContext, order: pa.Table, groups: Sequence[str]) -> int:
+    """Ideal cached tokens of all requests of an order: whole blocks of what each shares with one before it."""
+    blocks = np.array([context.models[split_group(name)[0]].cache_block for name in groups] or [1])
+    places = live_places(order)
+    lengths = order.column("input_tokens").to_numpy().astype(np.int64)[places]
+    block = blocks[order.column("group").to_numpy()[places]]
+    return int(cacheable_tokens(shared_with_previous(order, places), lengths, block).sum())
 
 
 def merge_range(
@@ -215,10 +195,4 @@ def merge_range(
 ) -> RangeRef:
     """Merges one range and writes its order; the same bytes when a bundle is tried again."""
     order, groups = order_rows(context, spills, range_, repeated_ids)
-    return RangeRef(range_, write_order(context, range_, order), order.num_rows, groups)
-
-
-__all__ = [
-    "BYTES_PER_TOKEN", "ORDER", "RangeRef", "SpillLayout", "merge_range", "order_rows", "piece_starts", "pieces_of",
-    "read_order", "read_piece", "read_range", "write_order",
-]  # fmt: skip
+    return RangeRef(range_, write_order(context, range_, order), order.num_rows, groups, ideal_of(context, order, groups))

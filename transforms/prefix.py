@@ -61,7 +61,7 @@ def common_prefix_bytes(keys: pa.Array) -> Int64s:
     return shared
 
 
-def cacheable_tokens(shared_tokens: Int64s, input_tokens: Int64s, block: int) -> Int64s:
+def cacheable_tokens(shared_tokens: Int64s, input_tokens: Int64s, block: int | Int64s) -> Int64s:
     """Ideal cached tokens per request: whole blocks of what it shares with an earlier one, never its last token.
 
     In sorted order the longest prefix shared with *any* earlier request is the one shared with the request just

@@ -27,6 +27,15 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class FxQuote:
+    """USD per unit of a currency, from ``source``, as of ``at``; frozen for the start."""
+
+    rate: Decimal
+    source: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class RunContext:
     """One start of one run. ``start`` counts from 1; each start has scratch of its own, segments are everybody's."""
 
@@ -56,11 +65,13 @@ class RunContext:
     tags: str | None = None
     """The job's tags as canonical JSON text."""
     baseline: Baseline | None = None
+    fx: Mapping[str, FxQuote] = field(default_factory=dict)
+    samples: bool = False
+    """Whether a request may ask for several samples, so that outputs have the column."""
     has_history: bool = False
     """Whether earlier starts left segments whose answers this one can use."""
-    retry: frozenset[str] = frozenset()
-    source_names: tuple[str, ...] = ()
-    """The input files, by the number that plan rows refer to them with."""
+    ended_before: bool = False
+    """Whether an earlier start ran to its end, so that what failed in it failed for good."""
 
     @property
     def journal(self) -> Store:
@@ -70,6 +81,16 @@ class RunContext:
     def scratch(self) -> Store:
         """Where this start's plan stands: spilled rows, orders, the market's tables."""
         return self.journal.child(self.scratch_name)
+
+    @property
+    def fx_rates(self) -> dict[str, Decimal]:
+        """USD per unit of each currency other than USD."""
+        return {currency: quote.rate for currency, quote in self.fx.items()}
+
+    @property
+    def part_prefix(self) -> str:
+        """What the names of this start's files begin with; a first start's files are plainly numbered."""
+        return "" if self.start == 1 else f"s{self.start:03d}-"
 
     @property
     def scratch_name(self) -> str:

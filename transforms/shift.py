@@ -27,8 +27,8 @@ from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
 from bidbeam.transforms.journal import SegmentRef, list_segments, read_segment, segment_number, segment_ref, write_segment
 from bidbeam.transforms.lane import Lane, Lot, all_tags
-from bidbeam.transforms.lots import LOT, lot_statistics, shared_with_previous
-from bidbeam.transforms.merging import read_order
+from bidbeam.transforms.lots import LOT, lot_statistics
+from bidbeam.transforms.order import read_order, shared_with_previous
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.spilling import SpillRef

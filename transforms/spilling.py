@@ -222,11 +222,11 @@ def _write(store: Store, name: str, rows: pa.Table, cuts: Sequence[int]) -> None
     batch = batches[0] if batches else pa.RecordBatch.from_arrays(
         [pa.array([], field.type) for field in rows.schema], schema=rows.schema
     )
-    with store.scratch_file(name) as path:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+    with store.scratch_file() as path:
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
             for start, end in itertools.pairwise(cuts):
                 writer.write_batch(batch.slice(start, end - start))
-        store.create_from(name, str(path), durable=False)
+        store.create_from(name, path, durable=False)
 
 
 def _write_ids(store: Store, name: str, ids: pa.Array, split: Split, good: npt.NDArray[np.int64]) -> None:
@@ -237,6 +237,6 @@ def _write_ids(store: Store, name: str, ids: pa.Array, split: Split, good: npt.N
             "row": pa.array(good + split.row_start),
         }
     )
-    with store.scratch_file(name) as path:
-        pq.write_table(table, str(path), compression="none", use_dictionary=False, write_statistics=False)
-        store.create_from(name, str(path), durable=False)
+    with store.scratch_file() as path:
+        pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+        store.create_from(name, path, durable=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+FILE = "stop"
+"""Stands in a start's scratch once the driver was asked to stop: how workers in other processes hear of it."""
+
 _stop = threading.Event()
 
 

@@ -1,0 +1,284 @@
+"""Begin: everything that is found out, checked and written down before a run's graph is built."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import bidbeam
+from bidbeam.connectors.errors import AlreadyExists, ModelError
+from bidbeam.connectors.inputs import InputPlan, is_openai_batch, plan_input
+from bidbeam.connectors.model_files import prepare_model
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.store import Store
+from bidbeam.pipelines.job import Job, check_fx, check_keys
+from bidbeam.pipelines.lease import Lease
+from bidbeam.transforms.charging import Baseline
+from bidbeam.transforms.engines import slot_for
+from bidbeam.transforms.finishing import RunRecord, read_manifest
+from bidbeam.transforms.journal import list_segments, segment_ref
+from bidbeam.transforms.rendering import RenderSpec, check_columns
+from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
+
+_RANGE_ROWS = 131_072
+_RANGE_BYTES = 64 << 20
+_LOT_TOKENS = (4_096, 262_144)
+_LOTS_PER_POOL = 16
+_DEFAULT_BLOCK = 16
+_CPU_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that may be built: its context and input, the record for the ledger, and the lease that holds it.
+
+    ``manifest`` is that of an earlier start which has finished all this one could do; then there is nothing to do.
+    """
+
+    context: RunContext
+    plan: InputPlan
+    record: RunRecord
+    lease: Lease | None
+    manifest: Mapping[str, Any] | None = None
+
+
+def places(job: Job, *, rehearse: bool) -> tuple[Store, Store]:
+    """The run's directory and the ledger; a rehearsal's stand apart from the real ones."""
+    output, ledger = Store.at(job.output, job.storage), Store.at(job.ledger, job.storage)
+    if rehearse:
+        output, ledger = output.child("_rehearsals"), ledger.child("_rehearsals")
+    return output.child(f"run_date={job.run_date.isoformat()}", f"run_id={job.run_id}"), ledger
+
+
+def begin(job: Job, *, rehearse: bool, warm: bool, now: datetime | None = None) -> Begun:
+    """Checks all that can be checked before anything is spent, and takes the run's lease.
+
+    ``warm`` starts the engines of this process's own pools at once, so that they load while the plan is made. Raises
+    UsageError for whatever the user has to mend.
+    """
+    started_at = now or datetime.now(UTC)
+    if not rehearse:
+        check_keys(job)
+        check_fx(job, started_at)
+    run_dir, ledger = places(job, rehearse=rehearse)
+    with ThreadPoolExecutor(4) as workers:
+        models = prepare_models(job, workers)
+        plan = plan_input(job.input, job.storage)
+        spec = render_spec(job, plan)
+        check_columns(spec, plan.schema)
+        for store in (run_dir, ledger):
+            store.probe_create_only()
+        facts = model_facts(job, {name: future.result() for name, future in models.items()}, rehearse=rehearse)
+    manifest = read_manifest(run_dir)
+    lease = Lease.take(run_dir.child("_journal"), job.run_id)
+    try:
+        context = make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest)
+        record = RunRecord(
+            name=job.name,
+            job=job.resolved_json(),
+            version=bidbeam.__version__,
+            tolerated=tolerated(job, plan.rows),
+            fingerprint=plan.fingerprint,
+        )
+        if manifest is not None and not _more_to_do(manifest, plan):
+            lease.release()
+            return Begun(context, plan, record, None, manifest)
+        if warm:
+            for pool in job.pools:
+                for model in pool.models:
+                    if pool.kind == "vllm" and facts[model].directory is not None:
+                        slot_for(context, pool, model)
+    except BaseException:
+        lease.release()
+        raise
+    return Begun(context, plan, record, lease)
+
+
+def _more_to_do(manifest: Mapping[str, Any], plan: InputPlan) -> bool:
+    """Whether a start after one that ended has anything to do: new rows, or dead letters that may yet be answered."""
+    from bidbeam.connectors.schemas import RETRYABLE_REASONS
+
+    return manifest["input"] != plan.fingerprint or bool(RETRYABLE_REASONS & set(manifest["dead"]))
+
+
+def prepare_models(job: Job, workers: ThreadPoolExecutor) -> dict[str, Future[str | None]]:
+    """Starts to fetch and convert, in the background, every model that a pool serves."""
+    served = sorted({model for pool in job.pools for model in pool.models})
+
+    def prepare(name: str) -> str | None:
+        return prepare_model(job.models[name], storage=job.storage, base_dir=job.source_dir).dir
+
+    return {name: workers.submit(prepare, name) for name in served}
+
+
+def render_spec(job: Job, plan: InputPlan, contexts: Mapping[str, int | None] | None = None) -> RenderSpec:
+    """How rows become requests. OpenAI-batch input names its rows by ``custom_id`` unless the job says otherwise."""
+    from dataclasses import replace
+
+    prompt = job.prompt
+    if prompt.id is None and is_openai_batch(plan.schema):
+        prompt = replace(prompt, id="custom_id")
+    served = {model for pool in job.pools for model in pool.models}
+    return RenderSpec(
+        prompt=prompt,
+        model=job.model,
+        sampling=job.sampling,
+        placement=job.placement,
+        longest_context=contexts or dict.fromkeys(sorted(served)),
+    )
+
+
+def model_facts(job: Job, directories: Mapping[str, str | None], *, rehearse: bool) -> dict[str, ModelFacts]:
+    """Where each model is and in what blocks its caches work. Raises ModelError for an engine without its model."""
+    facts = {}
+    for name, directory in directories.items():
+        owners = [pool for pool in job.pools if pool.kind == "vllm" and name in pool.models]
+        if owners and directory is None and not rehearse:
+            raise ModelError(
+                f"pool {owners[0].name!r} runs model {name!r}, which has no source in the pools file; add one, such as "
+                "source: package:NAME, a directory, a hub id or a URL"
+            )
+        facts[name] = ModelFacts(name, directory, _block(owners))
+    return facts
+
+
+def _block(owners: list[PoolSpec]) -> int:
+    for pool in owners:
+        block = pool.engine.get("block_size")
+        if block is not None:
+            return int(block)
+    return _DEFAULT_BLOCK if not owners or owners[0].accelerator else _CPU_BLOCK
+
+
+def longest_contexts(job: Job, facts: Mapping[str, ModelFacts]) -> dict[str, int | None]:
+    """Per model the longest prompt plus answer that any pool takes; None where some pool's limit is not known."""
+    longest: dict[str, int | None] = {}
+    for name in facts:
+        limits = [pool_context(pool, facts[name]) for pool in job.pools if name in pool.models]
+        known = [limit for limit in limits if limit is not None]
+        longest[name] = max(known) if known and len(known) == len(limits) else None
+    return longest
+
+
+def pool_context(pool: PoolSpec, facts: ModelFacts) -> int | None:
+    """Longest prompt plus answer on one pool; an engine of ours takes what its arguments or else its model say."""
+    if pool.context is not None or pool.kind != "vllm":
+        return pool.context
+    told = pool.engine.get("max_model_len")
+    if told is not None:
+        return int(told)
+    if facts.directory is None:
+        return None
+    config = json.loads(Path(facts.directory, "config.json").read_text(encoding="utf-8"))
+    length = config.get("max_position_embeddings")
+    return None if length is None else int(length)
+
+
+def tolerated(job: Job, rows: int) -> int:
+    """How many dead letters still count as done."""
+    low, high = 0, rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if job.tolerate_dead.allows(middle, rows) else (low, middle - 1)
+    return low
+
+
+def make_context(
+    job: Job,
+    plan: InputPlan,
+    spec: RenderSpec,
+    facts: Mapping[str, ModelFacts],
+    run_dir: Store,
+    ledger: Store,
+    started_at: datetime,
+    *,
+    rehearse: bool,
+    manifest: Mapping[str, Any] | None,
+) -> RunContext:
+    """The context of the next start of this run."""
+    from dataclasses import replace
+
+    journal = run_dir.child("_journal")
+    earlier = list_segments(journal)
+    starts = [start_of(entry.name) for entry in journal.list("start-")]
+    spent = sum((segment_ref(journal, name).cost for name in earlier), Decimal(0))
+    contexts = longest_contexts(job, facts)
+    size = sum(split.size_bytes for split in plan.splits)
+    pools = tuple(
+        replace(pool, context=max((pool_context(pool, facts[m]) or 0 for m in pool.models), default=0) or None)
+        for pool in job.pools
+    )
+    return RunContext(
+        run_id=job.run_id,
+        run_date=job.run_date,
+        start=max(starts, default=0) + 1,
+        started_at=started_at,
+        run_dir=run_dir,
+        ledger=ledger,
+        render=replace(spec, longest_context=contexts),
+        models=facts,
+        pools=pools,
+        input_schema=plan.schema,
+        storage=job.storage,
+        seed=_seed(journal),
+        rows=plan.rows,
+        ranges=max(1, -(-plan.rows // _RANGE_ROWS), -(-size // _RANGE_BYTES)),
+        rounds=job.auction.rounds,
+        lot_tokens=lot_tokens(size, plan.rows, job),
+        rehearse=rehearse,
+        placement=job.placement,
+        max_cost=job.max_cost,
+        spent=spent,
+        deadline_at=job.deadline_at(started_at),
+        tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
+        baseline=baseline(job),
+        samples=asks_for_samples(job, plan),
+        has_history=bool(earlier),
+        ended_before=manifest is not None,
+        fx={c: FxQuote(r.rate, r.source, r.at) for c, r in job.fx.items()},
+    )
+
+
+def lot_tokens(size_bytes: int, rows: int, job: Job) -> int:
+    """The budget of a lot: so that each pool may win several, within bounds that amortise a prefix and bound a loss."""
+    answer = int(job.sampling.get("max_tokens") or 128)
+    total = size_bytes // 4 + rows * answer
+    low, high = _LOT_TOKENS
+    return min(max(total // (_LOTS_PER_POOL * max(len(job.pools), 1)), low), high)
+
+
+def asks_for_samples(job: Job, plan: InputPlan) -> bool:
+    """Whether any request may ask for several samples."""
+    return job.sampling.get("n", 1) != 1 or "n" in plan.schema.names or is_openai_batch(plan.schema)
+
+
+def baseline(job: Job) -> Baseline | None:
+    """The first baseline of the job: the one that ``charges.baseline_cost`` counts."""
+    if not job.baseline:
+        return None
+    first = job.baseline[0]
+    prices = first.unit_prices
+    return Baseline(first.name, prices["uncached_input"], prices["output"], prices.get("cached_input"))
+
+
+def _seed(journal: Store) -> int:
+    """The secret of the run's content keys: made once, kept beside the prompts it protects."""
+    if not journal.exists("seed"):
+        try:
+            journal.create("seed", secrets.token_hex(8).encode())
+        except AlreadyExists:
+            pass
+    return int(journal.read("seed"), 16)
+
+
+def process_label() -> str:
+    """Host and process, for messages about who holds a run."""
+    return f"{os.uname().nodename}:{os.getpid()}"

@@ -1,0 +1,97 @@
+"""One start of a run at a time: a lease in the journal, renewed while its holder lives, lost when it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from bidbeam.connectors.errors import AlreadyExists, RunHeld, StoreError
+from bidbeam.connectors.store import Store
+
+RENEW_S = 10.0
+EXPIRY = timedelta(seconds=60)
+"""A lease that was not renewed for this long belongs to nobody."""
+
+
+class Lease:
+    """Held from ``take`` to ``release``. The files are numbered: whoever creates the next number has the run."""
+
+    def __init__(self, journal: Store, number: int, run_id: str) -> None:
+        self._journal, self._number, self._run_id = journal, number, run_id
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="bidbeam-lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, journal: Store, run_id: str) -> Lease:
+        """Takes the run's lease. Raises RunHeld, naming the holder, while another start is alive."""
+        held = [entry.name for entry in journal.list("lease-")]
+        number = 0
+        if held:
+            latest = max(held)
+            number = int(latest.removeprefix("lease-").removesuffix(".json"))
+            holder = _read(journal, latest)
+            if holder is not None and _alive(holder):
+                raise RunHeld(
+                    f"run {run_id} is held by another start ({holder['host']}, process {holder['pid']}, since "
+                    f"{holder['since']}); wait for it, or stop it first"
+                )
+        try:
+            journal.create(_name(number + 1), _state())
+        except AlreadyExists as error:
+            raise RunHeld(f"run {run_id} was taken by another start just now; wait for it") from error
+        lease = cls(journal, number + 1, run_id)
+        for name in held:
+            journal.delete(name)
+        return lease
+
+    def release(self) -> None:
+        """Gives the run free. Idempotent."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._thread.join()
+            with contextlib.suppress(StoreError, OSError):
+                self._journal.delete(_name(self._number))
+
+    def _keep(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            with contextlib.suppress(StoreError, OSError):
+                self._journal.replace(_name(self._number), _state())
+
+
+def _name(number: int) -> str:
+    return f"lease-{number:06d}.json"
+
+
+def _state() -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    state = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "since": now, "renewed": now}
+    return json.dumps(state).encode()
+
+
+def _read(journal: Store, name: str) -> dict[str, str] | None:
+    try:
+        state: dict[str, str] = json.loads(journal.read(name))
+    except (StoreError, OSError, ValueError):
+        return None
+    return state
+
+
+def _alive(holder: dict[str, str]) -> bool:
+    if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
+        # On this very machine there is no need to wait for a lease to run out.
+        return Path(f"/proc/{holder['pid']}").exists() if Path("/proc/self").exists() else True
+    renewed = datetime.fromisoformat(str(holder["renewed"]))
+    return datetime.now(UTC) - renewed < EXPIRY
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

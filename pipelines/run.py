@@ -1,0 +1,172 @@
+"""Run: one start of a job, from its file to its manifest, with the progress shown and everything closed behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from types import FrameType
+from typing import Any
+
+from bidbeam.connectors import registry
+from bidbeam.connectors.errors import BidbeamError, Interrupted, UsageError
+from bidbeam.connectors.ledger_writer import ensure_ledger
+from bidbeam.pipelines.begin import Begun, begin
+from bidbeam.pipelines.job import Job
+from bidbeam.pipelines.progress import NullProgress, Progress
+from bidbeam.pipelines.summary import PoolTotal, RunSummary
+from bidbeam.pipelines.watch import Watch
+from bidbeam.transforms import stopping
+from bidbeam.transforms.failures import failure_of
+from bidbeam.transforms.finishing import note_status, read_manifest
+from bidbeam.transforms.run_context import RunContext
+
+
+def run(job: Job, beam_options: Sequence[str] = (), *, rehearse: bool = False) -> RunSummary:
+    """Runs a job to its end, quietly; what the command line calls, without its progress. Raises BidbeamError."""
+    return run_job(job, rehearse=rehearse, beam_options=list(beam_options), progress=NullProgress())
+
+
+def run_job(job: Job, *, rehearse: bool, beam_options: list[str], progress: Progress) -> RunSummary:
+    """One start of a run: resumes what an earlier start left, or says that there is nothing to do.
+
+    Raises UsageError before anything is spent where the job, the pools or the input are at fault; Interrupted after a
+    signal, once what was in flight is settled.
+    """
+    clock = time.monotonic()
+    local = not _names_runner(beam_options)
+    try:
+        begun = begin(job, rehearse=rehearse, warm=local and not _in_other_processes(beam_options))
+        if begun.lease is None:
+            return summary(job, begun.manifest or {}, time.monotonic() - clock, rehearse=rehearse, nothing_to_do=True)
+        try:
+            manifest = _start(begun, beam_options, progress)
+        finally:
+            begun.lease.release()
+        return summary(job, manifest, time.monotonic() - clock, rehearse=rehearse)
+    finally:
+        registry.close_all()
+        stopping.clear()
+
+
+def _start(begun: Begun, beam_options: list[str], progress: Progress) -> Mapping[str, Any]:
+    context = begun.context
+    ensure_ledger(context.ledger)
+    note_status(context, begun.record, "running")
+    with Watch(context, progress), _signals(context, progress):
+        try:
+            _pipeline(begun, beam_options)
+        except Exception as error:
+            cause = failure_of(context.scratch) or error
+            interrupted = isinstance(cause, Interrupted) or stopping.requested()
+            with contextlib.suppress(BidbeamError, OSError):
+                note_status(context, begun.record, "interrupted")
+            if interrupted:
+                raise Interrupted(
+                    f"run {context.run_id} was stopped; everything settled is kept. The same command resumes it"
+                ) from error
+            if isinstance(cause, BidbeamError):
+                raise cause from error
+            raise
+    manifest = read_manifest(context.run_dir)
+    if manifest is None:
+        raise BidbeamError(f"run {context.run_id} ended without a manifest; start it again to resume")
+    return manifest
+
+
+def _pipeline(begun: Begun, beam_options: list[str]) -> None:
+    # Beam takes seconds to import: engines load meanwhile.
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    from bidbeam.pipelines.batch import build
+
+    flags = beam_options if _names_runner(beam_options) else ["--runner=FnApiRunner", *beam_options]
+    try:
+        options = PipelineOptions(flags)
+        pipeline = beam.Pipeline(options=options)
+    except SystemExit as error:
+        raise UsageError(f"Beam does not take these options: {' '.join(beam_options)}") from error
+    build(pipeline, begun.context, begun.plan.splits, begun.record)
+    pipeline.run().wait_until_finish()
+
+
+def _names_runner(beam_options: Sequence[str]) -> bool:
+    return any(option == "--runner" or option.startswith("--runner=") for option in beam_options)
+
+
+def _in_other_processes(beam_options: Sequence[str]) -> bool:
+    return any("multi_processing" in option for option in beam_options)
+
+
+@contextlib.contextmanager
+def _signals(context: RunContext, progress: Progress) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the sending; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if stopping.requested():
+            raise KeyboardInterrupt
+        stopping.request()
+        progress.note(f"{signal.Signals(number).name}: no more requests are sent; waiting for those in flight (again to stop at once)")
+        threading.Thread(target=_tell_workers, args=(context,), daemon=True).start()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_workers(context: RunContext) -> None:
+    with contextlib.suppress(BidbeamError, OSError):
+        context.scratch.replace(stopping.FILE, b"stop")
+
+
+def summary(
+    job: Job, manifest: Mapping[str, Any], elapsed_s: float, *, rehearse: bool, nothing_to_do: bool = False
+) -> RunSummary:
+    """What a manifest says, as the command line prints it."""
+    from datetime import datetime
+
+    from bidbeam.pipelines.begin import places
+
+    run_dir, ledger = places(job, rehearse=rehearse)
+    complete = manifest["status"] == "complete"
+    baseline = manifest.get("baseline_cost")
+    return RunSummary(
+        run_id=job.run_id,
+        status="nothing_to_do" if nothing_to_do else ("complete" if complete else "incomplete"),
+        requests=manifest["requests"],
+        served=manifest["served"],
+        dead=dict(manifest["dead"]),
+        cost=Decimal(manifest["cost"]),
+        output_url=run_dir.url,
+        ledger_url=ledger.url,
+        baseline_cost=None if baseline is None else Decimal(baseline),
+        input_tokens=manifest["input_tokens"],
+        cached_tokens=manifest["cached_tokens"],
+        ideal_cached_tokens=manifest["ideal_cached_tokens"],
+        output_tokens=manifest["output_tokens"],
+        pools=tuple(
+            PoolTotal(
+                pool=pool["pool"],
+                requests=pool["served"],
+                input_tokens=pool["input_tokens"],
+                cached_tokens=pool["cached_tokens"],
+                output_tokens=pool["output_tokens"],
+                cost=Decimal(pool["cost"]),
+            )
+            for pool in manifest["pools"]
+        ),
+        elapsed_s=elapsed_s,
+        started=datetime.fromisoformat(manifest["started_at"]),
+        exit_code=0 if complete else 3,
+        rehearsal=rehearse,
+    )

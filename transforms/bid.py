@@ -1,0 +1,202 @@
+"""Bid: one round of the market. All lots that wait are auctioned at once; awards become shifts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.pvalue import AsList, PCollection, TaggedOutput
+
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.schemas import LOTS
+from bidbeam.transforms import decisions
+from bidbeam.transforms.bidding import PoolState, make_bids, prior_state
+from bidbeam.transforms.clearing import Clearing, clear
+from bidbeam.transforms.decisions import Decision
+from bidbeam.transforms.failures import reported
+from bidbeam.transforms.journal import SegmentRef
+from bidbeam.transforms.lots import LOT
+from bidbeam.transforms.publishing import spent_on
+from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.settling import Terms
+from bidbeam.transforms.shift import Award, ShiftTask
+
+_WAITING, _REFUSED = "waiting", "refused"
+_NEVER = frozenset({"no_eligible_pool", "too_long"})
+"""Reasons that no later round of this start can mend."""
+
+
+class Market(NamedTuple):
+    """What Bid gives."""
+
+    shifts: PCollection[Any]
+    """``ShiftTask``: each worker's pools with their lots in order."""
+    waiting: PCollection[Any]
+    """LOT tables: not awarded in this round (budget, deadline, capacity)."""
+    refused: PCollection[Any]
+    """LOT tables: nobody may serve these."""
+
+
+class Bid(beam.PTransform):
+    """PCollection of LOT tables to ``Market``. ``spent`` are the segments of the rounds before, for the budget."""
+
+    def __init__(self, context: RunContext, round_: int, spent: Sequence[PCollection[Any]]) -> None:
+        super().__init__()
+        self._context, self._round, self._spent = context, round_, spent
+
+    def expand(self, lots: PCollection[Any]) -> Market:
+        pipeline = lots.pipeline
+        spent = (self._spent or (pipeline | "Nothing spent" >> beam.Create([], reshuffle=False),)) | (
+            "Segments so far" >> beam.Flatten()
+        )
+        cleared = (
+            pipeline
+            | "Call for bids" >> beam.Create([self._round], reshuffle=False)
+            | "Clear" >> beam.ParDo(_Clear(self._context), AsList(lots), AsList(spent)).with_outputs(
+                _WAITING, _REFUSED, main="shifts"
+            )
+        )
+        return Market(cleared.shifts, cleared[_WAITING], cleared[_REFUSED])
+
+
+class _Clear(beam.DoFn):
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+
+    def process(
+        self, round_: int, lots: Sequence[pa.Table], segments: Sequence[SegmentRef]
+    ) -> Iterator[ShiftTask | TaggedOutput]:
+        with reported(self._context):
+            found = [table for table in lots if table.num_rows]
+            if not found:
+                return
+            decision = decisions.load(self._context, round_)
+            if decision is None:
+                ordered = pa.concat_tables(found).sort_by([("range", "ascending"), ("start", "ascending")])
+                spent = self._context.spent + spent_on(segments)
+                decision = decisions.keep(self._context, decide(self._context, round_, ordered, spent, datetime.now(UTC)))
+            yield from decision.tasks
+            if decision.waiting.num_rows:
+                yield TaggedOutput(_WAITING, decision.waiting)
+            if decision.refused.num_rows:
+                yield TaggedOutput(_REFUSED, decision.refused)
+
+
+def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
+    """What the auction knows of each pool."""
+    states = []
+    for spec in context.pools:
+        blocks = [context.models[model].cache_block for model in spec.models if model in context.models]
+        contexts = [context.render.longest_context.get(model) for model in spec.models]
+        known = [length for length in contexts if length is not None]
+        states.append(
+            prior_state(
+                spec,
+                now=now,
+                context=spec.context if spec.context is not None else (min(known) if spec.kind == "vllm" and known else None),
+                cache_block=blocks[0] if blocks and spec.kind == "vllm" else None,
+            )
+        )
+    return states
+
+
+def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now: datetime) -> Decision:
+    """One round of the market over LOT rows in prefix order, with what is left of the budget. Writes nothing."""
+    lots = lots.set_column(
+        lots.schema.get_field_index("round"), LOT.field("round"), pa.repeat(pa.scalar(round_, pa.int16()), lots.num_rows)
+    )
+    pools = pool_states(context, now)
+    bids = make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates)
+    budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
+    cleared = clear(bids, budget=budget)
+    reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
+    final = [reason in _NEVER for reason in reasons]
+    left = lots.set_column(lots.schema.get_field_index("last_error"), LOT.field("last_error"), pa.array(reasons, pa.string()))
+    return Decision(
+        round=round_,
+        tasks=tuple(shifts_of(context, round_, lots, cleared)),
+        waiting=left.filter(pa.array([reason is not None and not f for reason, f in zip(reasons, final, strict=True)])),
+        refused=left.filter(pa.array(final)),
+        tables={
+            "lots": lots_table(context, lots),
+            "bids": cleared.bids_table(run_id=context.run_id, round_number=round_),
+            "awards": cleared.awards_table(run_id=context.run_id, round_number=round_),
+            "auctions": cleared.auction_table(run_id=context.run_id, round_number=round_),
+        },
+        reserved=cleared.committed,
+    )
+
+
+def terms_of(context: RunContext, spec: PoolSpec, model: str) -> Terms:
+    """The terms of one pool and model, frozen for this start."""
+    quote = context.fx.get(spec.price.currency)
+    return Terms(
+        pool=spec.name,
+        model=model,
+        price=spec.price,
+        fx_rate=Decimal(1) if quote is None else quote.rate,
+        fx_source=None if quote is None else quote.source,
+        fx_at=None if quote is None else quote.at,
+        jurisdiction=spec.placement.get("jurisdiction"),
+        operator=spec.placement.get("operator"),
+    )
+
+
+def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearing) -> Iterator[ShiftTask]:
+    """One shift per set of engines that can be driven together: remote pools and first engines share shift 0.
+
+    A pool with several engines of ours has its lots cut into as many contiguous parts, one a shift.
+    """
+    specs = {spec.name: spec for spec in context.pools}
+    names = [state.spec.name for state in cleared.bids.pools]
+    fallback = pa.array([names[at] if at >= 0 else None for at in cleared.fallback], pa.string())
+    offered = lots.append_column("runner_up", fallback)
+    terms = {(name, model): terms_of(context, spec, model) for name, spec in specs.items() for model in spec.models}
+    by_shift: dict[int, list[Award]] = defaultdict(list)
+    for name, rows in cleared.lots_of.items():
+        spec = specs[name]
+        engines = spec.capacity.workers if spec.kind == "vllm" else 1
+        seconds = cleared.reserved_seconds.get(name)
+        # Only a budget makes time a wall: without one a slow engine may take as long as it takes.
+        walled = seconds is not None and context.max_cost is not None
+        for replica, part in enumerate(_contiguous(rows, engines, offered)):
+            by_shift[replica].append(
+                Award(
+                    pool=name,
+                    replica=replica,
+                    lots=offered.take(pa.array(part)),
+                    terms={model: terms[name, model] for model in spec.models},
+                    reserved_ms=round((seconds or 0.0) * 1000 / engines) if walled else None,
+                )
+            )
+    for number, awards in sorted(by_shift.items()):
+        yield ShiftTask(round_, number, tuple(awards), terms)
+
+
+def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[int]]:
+    """Cuts a pool's lots into contiguous parts of about equal tokens; fewer where there are fewer lots."""
+    tokens = pc.add(lots.column("input_tokens"), lots.column("max_output_tokens")).to_pylist()
+    total = sum(tokens[row] for row in rows)
+    cut: list[list[int]] = [[] for _ in range(parts)]
+    before = 0
+    for row in rows:
+        cut[min(before * parts // max(total, 1), parts - 1)].append(row)
+        before += tokens[row]
+    return [part for part in cut if part]
+
+
+def lots_table(context: RunContext, lots: pa.Table) -> pa.Table:
+    """The ledger's LOTS of one round."""
+    columns = [
+        pa.chunked_array([pa.repeat(context.run_id, lots.num_rows)]).cast(field.type)
+        if field.name == "run_id"
+        else lots.column(field.name).cast(field.type)
+        for field in LOTS
+    ]
+    return pa.Table.from_arrays(columns, schema=LOTS)

@@ -1,0 +1,114 @@
+"""Booking: the journal's segments become the ledger's attempts and charges, a group of segments a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.ledger_writer import PartFile, write_part
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.schemas import PRICES
+from bidbeam.transforms.charging import explode
+from bidbeam.transforms.journal import SegmentRef, read_segment
+from bidbeam.transforms.publishing import PoolCount, Published
+from bidbeam.transforms.run_context import RunContext, start_of
+from bidbeam.transforms.settling import Terms
+
+_GROUP_ROWS = 131_072
+
+
+def segment_groups(segments: Sequence[SegmentRef]) -> Iterator[tuple[str, tuple[SegmentRef, ...]]]:
+    """Groups of neighbouring segments of one start, each with the name of its part: the same ones in every start.
+
+    Only finished starts' groups can recur, so a part that an earlier start wrote is met again with the same content.
+    """
+    by_start: dict[int, list[SegmentRef]] = {}
+    for segment in sorted(segments, key=lambda s: s.name):
+        by_start.setdefault(start_of(segment.name), []).append(segment)
+    for start, mine in by_start.items():
+        group: list[SegmentRef] = []
+        number = rows = 0
+        for segment in mine:
+            group.append(segment)
+            rows += segment.rows
+            if rows >= _GROUP_ROWS:
+                yield f"s{start:03d}-{number:05d}", tuple(group)
+                group, number, rows = [], number + 1, 0
+        if group:
+            yield f"s{start:03d}-{number:05d}", tuple(group)
+
+
+def book(context: RunContext, part: str, segments: Sequence[SegmentRef]) -> Published:
+    """Writes the attempts and charges of a group of segments; ``cost`` of the result is their sum in USD."""
+    attempts, charges, counts = [], [], []
+    terms: dict[str, Terms] = {}
+    cost = Decimal(0)
+    for segment in segments:
+        rows, mine = read_segment(context.journal, segment.name)
+        terms |= mine
+        cost += sum_decimal(rows.column("cost"))
+        counts += pool_counts(rows)
+        tried, charged = explode(
+            rows,
+            schedules=mine,
+            run_id=context.run_id,
+            run_date=context.run_date,
+            tags=context.tags,
+            baseline=context.baseline,
+        )
+        attempts.append(tried)
+        charges.append(charged)
+    parts: list[PartFile] = []
+    for table, pieces in (("attempts", attempts), ("charges", charges)):
+        whole = pa.concat_tables(pieces).unify_dictionaries()
+        parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, whole))
+    parts.append(write_part(context.ledger, "prices", context.run_date, context.run_id, part, price_rows(terms)))
+    baseline = None
+    if context.baseline is not None:
+        baseline = sum((sum_decimal(table.column("baseline_cost")) for table in charges), Decimal(0))
+    # Adding to nothing merges the counts of one pool.
+    return Published() + Published(parts=tuple(parts), cost=cost, baseline_cost=baseline, pools=tuple(counts))
+
+
+def pool_counts(rows: pa.Table) -> list[PoolCount]:
+    """Served requests, tokens and cost by pool, of SEGMENT rows."""
+    plain = pa.table(
+        {
+            "pool": rows.column("pool").cast(pa.string()),
+            "served": pc.equal(rows.column("status").cast(pa.string()), "ok").cast(pa.int64()),
+            **{name: rows.column(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "cost")},
+        }
+    )
+    sums = plain.group_by("pool").aggregate([(name, "sum") for name in plain.column_names[1:]]).to_pylist()
+    return [
+        PoolCount(
+            row["pool"],
+            row["served_sum"] or 0,
+            row["input_tokens_sum"] or 0,
+            row["cached_tokens_sum"] or 0,
+            row["output_tokens_sum"] or 0,
+            row["cost_sum"] or Decimal(0),
+        )
+        for row in sums
+    ]
+
+
+def price_rows(terms: Mapping[str, Terms]) -> pa.Table:
+    """PRICES: one row per price schedule and meter."""
+    rows = [
+        {
+            "price_id": price_id,
+            "pool": t.price.pool,
+            "meter": meter,
+            "unit_price": unit_price,
+            "currency": t.price.currency,
+            "valid_from": t.price.valid_from,
+            "source": t.price.source,
+        }
+        for price_id, t in sorted(terms.items())
+        for meter, unit_price in sorted(t.price.unit_prices.items())
+    ]
+    return pa.Table.from_pylist(rows, schema=PRICES)

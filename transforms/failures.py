@@ -1,0 +1,33 @@
+"""How an error that ends a stage reaches the driver whole: runners pass on its text at best."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+
+from bidbeam.connectors.errors import BidbeamError, StoreError
+from bidbeam.connectors.store import Store
+from bidbeam.transforms.run_context import RunContext
+
+_NAME = "failure.json"
+
+
+@contextlib.contextmanager
+def reported(context: RunContext) -> Iterator[None]:
+    """Leaves a Bidbeam error that passes through for the driver to find, and lets it pass."""
+    try:
+        yield
+    except BidbeamError as error:
+        with contextlib.suppress(StoreError, OSError):
+            context.scratch.replace(_NAME, pickle.dumps(error))
+        raise
+
+
+def failure_of(scratch: Store) -> BidbeamError | None:
+    """The error that ended a stage of the start with this scratch, if one did."""
+    try:
+        error = pickle.loads(scratch.read(_NAME))  # noqa: S301 # our own journal, written by our own workers
+    except (StoreError, OSError, pickle.PickleError, EOFError, AttributeError):
+        return None
+    return error if isinstance(error, BidbeamError) else None

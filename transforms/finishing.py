@@ -1,0 +1,190 @@
+"""The end of a run: the ledger's manifest and the output's, written last; then what nobody needs any more goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+from bidbeam.connectors.ledger_manifest import PartFile, RunRow, latest_manifest
+from bidbeam.connectors.ledger_writer import write_manifest, write_part
+from bidbeam.connectors.schemas import BASELINES
+from bidbeam.connectors.store import Store
+from bidbeam.transforms.decisions import market_parts
+from bidbeam.transforms.publishing import OutputFile, Published
+from bidbeam.transforms.run_context import RunContext
+
+SUCCESS, INCOMPLETE = "_SUCCESS", "_INCOMPLETE"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What the ledger says of the run beside what happened in it. ``tolerated`` is how many dead letters still count as
+    done; ``job`` the resolved job as JSON, secrets masked; ``fingerprint`` that of the input."""
+
+    name: str
+    job: str
+    version: str
+    tolerated: int
+    fingerprint: str
+    parent_run_id: str | None = None
+
+
+def read_manifest(run_dir: Store) -> dict[str, Any] | None:
+    """The manifest of a run that has ended; None while it has not."""
+    for name in (SUCCESS, INCOMPLETE):
+        if run_dir.exists(name):
+            manifest: dict[str, Any] = json.loads(run_dir.read(name))
+            return manifest
+    return None
+
+
+def finish(
+    context: RunContext, record: RunRecord, published: Sequence[Published], booked: Sequence[Published], ideal: int
+) -> dict[str, Any]:
+    """Writes both manifests and returns the output's. Safe to call again: what stands is met again."""
+    total = sum(published, Published())
+    books = sum(booked, Published())
+    dead = sum(total.dead.values())
+    status = "complete" if dead <= record.tolerated else "incomplete"
+    finished_at = datetime.now(UTC)
+    parts = [*total.parts, *books.parts, *market_parts(context), *_baselines(context)]
+    row = _row(context, record, total, books.cost, status, ideal, finished_at)
+    _write_ledger_manifest(context, row, parts)
+
+    manifest = {
+        "run_id": context.run_id,
+        "run_date": context.run_date.isoformat(),
+        "status": status,
+        "starts": context.start,
+        "started_at": context.started_at.isoformat(),
+        "finished_at": finished_at.isoformat(),
+        "requests": total.served + dead,
+        "served": total.served,
+        "dead": dict(total.dead),
+        "tolerated": record.tolerated,
+        "cost": f"{books.cost:f}",
+        "input_tokens": total.input_tokens,
+        "cached_tokens": total.cached_tokens,
+        "ideal_cached_tokens": ideal,
+        "output_tokens": total.output_tokens,
+        "baseline_cost": None if books.baseline_cost is None else f"{books.baseline_cost:f}",
+        "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in books.pools],
+        "input": record.fingerprint,
+        "version": record.version,
+        "outputs": _files(total.outputs),
+        "dead_letters": _files(total.dead_letters),
+    }
+    before = read_manifest(context.run_dir)
+    if before is not None and before.get("starts") == context.start:
+        return before
+    _write_output_manifest(context.run_dir, manifest, before)
+    context.journal.delete_tree(f"{context.scratch_name}/spill")
+    return manifest
+
+
+def _files(files: Sequence[OutputFile]) -> list[dict[str, Any]]:
+    return [asdict(file) for file in sorted(files, key=lambda file: file.path)]
+
+
+def _write_output_manifest(run_dir: Store, manifest: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    name = SUCCESS if manifest["status"] == "complete" else INCOMPLETE
+    data = json.dumps(manifest, indent=1).encode()
+    if before is None:
+        run_dir.create(name, data)
+        return
+    # An earlier start ended with dead letters; its files make way only once the new ones count.
+    run_dir.replace(name, data)
+    if name == SUCCESS:
+        run_dir.delete(INCOMPLETE)
+    listed = {file["path"] for kind in ("outputs", "dead_letters") for file in manifest[kind]}
+    for kind in ("outputs", "dead_letters"):
+        for file in before.get(kind, []):
+            if file["path"] not in listed:
+                run_dir.delete(file["path"])
+
+
+def _write_ledger_manifest(context: RunContext, row: RunRow, parts: Sequence[PartFile]) -> None:
+    unique = list({part.path: part for part in parts}.values())
+    latest = latest_manifest(context.ledger, context.run_date, context.run_id)
+    write_manifest(context.ledger, row, unique, 0 if latest is None else latest.sequence + 1)
+
+
+def _row(
+    context: RunContext,
+    record: RunRecord,
+    total: Published,
+    cost: Decimal,
+    status: str,
+    ideal: int,
+    finished_at: datetime | None,
+) -> RunRow:
+    dead = sum(total.dead.values())
+    return RunRow(
+        run_id=context.run_id,
+        name=record.name,
+        run_date=context.run_date,
+        started_at=context.started_at,
+        status=status,
+        job=record.job,
+        version=record.version,
+        parent_run_id=record.parent_run_id,
+        finished_at=finished_at,
+        requests=total.served + dead,
+        served=total.served,
+        dead=dead,
+        cost=cost,
+        tags=context.tags,
+        starts=context.start,
+        input_tokens=total.input_tokens,
+        cached_tokens=total.cached_tokens,
+        ideal_cached_tokens=ideal,
+        output_tokens=total.output_tokens,
+    )
+
+
+def note_status(context: RunContext, record: RunRecord, status: str) -> None:
+    """Says in the ledger that the run is ``running`` or was ``interrupted``; what it listed before stays listed."""
+    latest = latest_manifest(context.ledger, context.run_date, context.run_id)
+    kept = [] if latest is None else [part for part in latest.parts if part.table != "runs"]
+    finished_at = datetime.now(UTC) if status == "interrupted" else None
+    row = RunRow(
+        run_id=context.run_id,
+        name=record.name,
+        run_date=context.run_date,
+        started_at=context.started_at,
+        status=status,
+        job=record.job,
+        version=record.version,
+        parent_run_id=record.parent_run_id,
+        finished_at=finished_at,
+        tags=context.tags,
+        starts=context.start,
+    )
+    write_manifest(context.ledger, row, kept, 0 if latest is None else latest.sequence + 1)
+
+
+def _baselines(context: RunContext) -> list[PartFile]:
+    if context.baseline is None:
+        return []
+    baseline = context.baseline
+    prices = {"uncached_input": baseline.input, "cached_input": baseline.cached_input, "output": baseline.output}
+    rows = [
+        {
+            "run_id": context.run_id,
+            "baseline": baseline.name,
+            "meter": meter,
+            "unit_price": unit_price,
+            "valid_from": None,
+            "source": "job file",
+        }
+        for meter, unit_price in prices.items()
+        if unit_price is not None
+    ]
+    table = pa.Table.from_pylist(rows, schema=BASELINES)
+    return [write_part(context.ledger, "baselines", context.run_date, context.run_id, f"s{context.start:03d}", table)]

@@ -13,12 +13,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bidbeam.connectors.errors import BidbeamError
+from bidbeam.connectors.errors import BidbeamError, Interrupted
 from bidbeam.pipelines.commands import explain, init, ledger, quote, run
 from bidbeam.pipelines.commands.invocation import Invocation, error_object
 from bidbeam.pipelines.jsonable import to_json
 
 _PARSER_ERRORS = tuple(kind for kind in typer.BadParameter.__mro__ if kind.__name__ in {"UsageError", "ClickException"})
+_PARSERS_INTERRUPT = 130
+"""What the parser turns a KeyboardInterrupt into; no verb returns it."""
+_RESUMES = "interrupted; the same command resumes"
 _TRACEBACK = "--traceback"
 
 app = typer.Typer(
@@ -78,13 +81,15 @@ def invoke(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("interrupted; the same command resumes", "Interrupted", 4, as_json)
+        return _failed(_RESUMES, "Interrupted", Interrupted.exit_code, as_json)
     except Exception as error:
         if traceback:
             import traceback as traces
 
             traces.print_exc(file=sys.stderr)
         return _explained(error, as_json, traceback)
+    if code == _PARSERS_INTERRUPT:
+        return _failed(_RESUMES, "Interrupted", Interrupted.exit_code, as_json)
     return code if isinstance(code, int) else 0
 
 
@@ -118,7 +123,7 @@ def _explained(error: Exception, as_json: bool, traceback: bool) -> int:
 def _failed(message: str, kind: str, code: int, as_json: bool) -> int:
     if as_json:
         print(to_json({"error": {"type": kind, "message": message, "exit_code": code}}))
-    print(f"error: {message}" if code != 4 else message, file=sys.stderr)
+    print(f"error: {message}" if code != Interrupted.exit_code else message, file=sys.stderr)
     return code
 
 

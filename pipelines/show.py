@@ -170,20 +170,3 @@ def cell_text(value: Any, empty: str = "") -> str:
     if isinstance(plain, bool):
         return "true" if plain else "false"
     return json.dumps(plain, ensure_ascii=False) if isinstance(plain, dict | list) else str(plain)
-
-
-def outline(value: Any, indent: int = 0) -> str:
-    """Nested mappings and lists as indented lines, a list of mappings as a table."""
-    pad = " " * indent
-    lines: list[str] = []
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            lines += [f"{pad}{name}", outline(item, indent + 2)]
-        elif isinstance(item, list) and item and all(isinstance(each, Mapping) for each in item):
-            heads = list(dict.fromkeys(key for each in item for key in each))
-            used = [head for head in heads if any(each.get(head) is not None for each in item)] or heads
-            table = table_text(used, [[cell_text(each.get(head)) for head in used] for each in item])
-            lines += [f"{pad}{name}", *(f"{pad}  {line}" for line in table.splitlines())]
-        else:
-            lines.append(f"{pad}{name}: {cell_text(item, 'none')}")
-    return "\n".join(lines)

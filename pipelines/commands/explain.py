@@ -22,6 +22,7 @@ def explain(
     run: Annotated[
         str | None, typer.Option("--run", metavar="RUN_ID", help="Default: the latest run that has the request.")
     ] = None,
+    rehearsals: Annotated[bool, typer.Option("--rehearsals", help="The rehearsals' ledger instead.")] = False,
     storage: StorageOption = None,
     json: JsonOption = False,
 ) -> int:
@@ -29,10 +30,10 @@ def explain(
     refuse_beam_options(context)
     options = read_storage(storage)
 
-    from bidbeam.pipelines.explain import explain as explain_request
+    from bidbeam.pipelines.explain import explain_request
+    from bidbeam.pipelines.explain_text import render_text
     from bidbeam.pipelines.jsonable import to_json
-    from bidbeam.pipelines.show import outline
 
-    explanation = explain_request(ledger, request_id, run, options)
-    print(to_json(explanation) if json else outline(explanation))
+    explanation = explain_request(ledger, request_id, run_id=run, storage=options, rehearsals=rehearsals)
+    print(to_json(explanation) if json else render_text(explanation), end="\n" if json else "")
     return 0

@@ -306,12 +306,14 @@ class Host:
 
     def _computed(self, internal: str, length: int) -> dict[str, int | None]:
         """Usage of an unfinished request from vLLM's own books; NULL where they cannot tell (several samples)."""
-        request = self._engine.engine_core.engine_core.scheduler.requests.get(internal)
-        if request is None:
+        try:
+            request = self._engine.engine_core.engine_core.scheduler.requests[internal]
+            state = self._engine.output_processor.request_states[internal]
+            output = request.num_output_tokens
+            done = length if output else min(length, request.num_computed_tokens)
+            cached = min(done, state.num_cached_tokens)
+        except (KeyError, AttributeError):  # no public door leads there, and what is behind may move
             return {"input_tokens": None, "cached_tokens": None, "output_tokens": None}
-        output = request.num_output_tokens
-        done = length if output else min(length, request.num_computed_tokens)
-        cached = min(done, max(0, request.num_cached_tokens))
         return {"input_tokens": done, "cached_tokens": cached, "output_tokens": output}
 
     def _stats(self) -> dict[str, float]:

@@ -1,0 +1,211 @@
+"""Quote: plans the run in a scratch directory of this machine and clears one round of the market; sends nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.inputs import plan_input
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.store import Store
+from bidbeam.pipelines.begin import make_context, model_facts, prepare_models, render_spec
+from bidbeam.pipelines.job import Job, check_fx
+from bidbeam.pipelines.summary import Quote, QuotePool
+from bidbeam.transforms.rendering import check_columns
+from bidbeam.transforms.run_context import RunContext
+
+if TYPE_CHECKING:
+    from bidbeam.connectors.inputs import InputPlan
+    from bidbeam.transforms.decisions import Decision
+
+
+def quote_job(job: Job, *, now: datetime | None = None) -> Quote:
+    """What the run would buy, from whom, for how much and by when. Raises UsageError as the run itself would."""
+    started_at = now or datetime.now(UTC)
+    check_fx(job, started_at)
+    with tempfile.TemporaryDirectory(prefix="bidbeam-quote-") as scratch, ThreadPoolExecutor(4) as workers:
+        models = prepare_models(job, workers)
+        plan = plan_input(job.input, job.storage)
+        spec = render_spec(job, plan)
+        check_columns(spec, plan.schema)
+        facts = model_facts(job, {name: future.result() for name, future in models.items()}, rehearse=True)
+        context = make_context(
+            job, plan, spec, facts, Store.at(scratch), Store.at(f"{scratch}/ledger"), started_at,
+            rehearse=True, manifest=None,
+        )  # fmt: skip
+        counts, decision = _plan(replace(context, rounds=1), plan)
+        return _quote(job, context, counts, decision)
+
+
+def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision | None]:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.pvalue import AsList
+
+    from bidbeam.transforms import decisions
+    from bidbeam.transforms.bid import Bid
+    from bidbeam.transforms.failures import failure_of
+    from bidbeam.transforms.plan_lots import PlanLots
+    from bidbeam.transforms.read_prompts import ReadPrompts
+
+    found: Counter[str] = Counter()
+    try:
+        with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
+            planned = pipeline | "Read" >> ReadPrompts(plan.splits) | "Plan" >> PlanLots(context, plan.splits)
+            _ = planned.lots | "Bid" >> Bid(context, 1, ())
+            _ = (
+                pipeline
+                | "Count" >> beam.Create([context], reshuffle=False)
+                | "Write counts" >> beam.FlatMap(_write_counts, AsList(planned.spills), AsList(planned.ranges))
+            )
+    except Exception as error:
+        cause = failure_of(context.scratch)
+        if cause is not None:
+            raise cause from error
+        raise
+    if context.scratch.exists(_COUNTS):
+        found.update(read_counts(context.scratch.read(_COUNTS)))
+    return found, decisions.load(context, 1)
+
+
+_COUNTS = "counts.json"
+
+
+def read_counts(data: bytes) -> dict[str, int]:
+    """The counts that ``_write_counts`` wrote."""
+    import json
+
+    counts: dict[str, int] = json.loads(data)
+    return counts
+
+
+def _write_counts(context: RunContext, spills: Sequence[Any], ranges: Sequence[Any]) -> Iterator[None]:
+    import json
+
+    counts = {
+        "dead": sum(spill.dead for spill in spills),
+        "input_tokens": sum(spill.input_tokens for spill in spills),
+        "ideal_cached_tokens": sum(ref.ideal_cached_tokens for ref in ranges),
+    }
+    context.scratch.replace(_COUNTS, json.dumps(counts).encode())
+    yield from ()
+
+
+def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decision | None) -> Quote:
+    estimated = any(facts.directory is None for facts in context.models.values())
+    common: dict[str, Any] = {
+        "run_id": job.run_id,
+        "requests": context.rows,
+        "input_tokens": counts["input_tokens"],
+        "ideal_cached_tokens": counts["ideal_cached_tokens"],
+        "estimated": estimated,
+        "dead_invalid": counts["dead"],
+        "deadline_at": context.deadline_at,
+        "budget": context.max_cost,
+    }
+    if decision is None:
+        return Quote(expected_cost=Decimal(0), worst_case_cost=Decimal(0), **common)
+    awards, bids, lots = decision.tables["awards"], decision.tables["bids"], decision.tables["lots"]
+    auction = decision.tables["auctions"].to_pylist()[0]
+    pools = tuple(_pool(pool, awards, bids, lots, context) for pool in context.pools)
+    finishes = [pool.finish_s for pool in pools if pool.lots]
+    unserved: Counter[str] = Counter()
+    for table in (decision.waiting, decision.refused):
+        for reason, requests in zip(
+            table.column("last_error").to_pylist(), table.column("requests").to_pylist(), strict=True
+        ):
+            unserved[reason] += requests
+    return Quote(
+        expected_cost=sum_decimal(awards.column("price_paid")),
+        worst_case_cost=sum_decimal(awards.column("reserved")),
+        pools=pools,
+        lots=lots.num_rows,
+        unserved=dict(unserved),
+        lp_bound=auction["lp_bound"],
+        regret=auction["regret"],
+        finish_at=_latest(context, finishes),
+        baseline_cost=_baseline(context, lots, bids, awards),
+        **common,
+    )
+
+
+def _latest(context: RunContext, finishes: Sequence[float | None]) -> datetime | None:
+    known = [finish for finish in finishes if finish is not None]
+    if not known or len(known) < len(finishes):
+        return None
+    return context.started_at + timedelta(seconds=max(known))
+
+
+def _pool(spec: PoolSpec, awards: pa.Table, bids: pa.Table, lots: pa.Table, context: RunContext) -> QuotePool:
+    mine = awards.filter(pc.equal(awards.column("pool").cast(pa.string()), spec.name))
+    offered = bids.filter(pc.equal(bids.column("pool").cast(pa.string()), spec.name))
+    requests = pc.sum(
+        lots.column("requests").filter(pc.is_in(lots.column("lot_id"), value_set=mine.column("lot_id").combine_chunks()))
+    ).as_py()
+    return QuotePool(
+        pool=spec.name,
+        price=price_text(spec),
+        lots=mine.num_rows,
+        requests=requests or 0,
+        expected_cost=sum_decimal(mine.column("price_paid")),
+        worst_case_cost=sum_decimal(mine.column("reserved")),
+        finish_s=_finish_s(spec, mine, lots, offered),
+        why_not=None if mine.num_rows else _why_not(offered, awards),
+    )
+
+
+def _finish_s(spec: PoolSpec, mine: pa.Table, lots: pa.Table, offered: pa.Table) -> float | None:
+    speed = spec.capacity.tokens_per_second
+    if not speed or not mine.num_rows:
+        return None
+    won = mine.column("lot_id").combine_chunks()
+    here = lots.filter(pc.is_in(lots.column("lot_id"), value_set=won))
+    bid = offered.filter(pc.is_in(offered.column("lot_id"), value_set=won))
+    tokens = pc.sum(here.column("input_tokens")).as_py() - (pc.sum(bid.column("expected_cached_tokens")).as_py() or 0)
+    return float((tokens + (pc.sum(bid.column("expected_output_tokens")).as_py() or 0)) / speed)
+
+
+def _why_not(offered: pa.Table, awards: pa.Table) -> str:
+    reasons = [reason for reason in offered.column("reject_reason").cast(pa.string()).to_pylist() if reason]
+    if reasons:
+        reason, count = Counter(reasons).most_common(1)[0]
+        return f"{reason} ({count} of {offered.num_rows} lots)" if count < offered.num_rows else reason
+    return "others bid less" if awards.num_rows else "no lot was awarded"
+
+
+def price_text(spec: PoolSpec) -> str:
+    """A pool's price as people read it."""
+    prices = spec.price.unit_prices
+    currency = spec.price.currency
+    if spec.price.by_time:
+        return f"{(prices['accelerator_second'] * 3600).quantize(Decimal('0.0001')).normalize():f} {currency} per hour"
+    names = [meter for meter in ("uncached_input", "cached_input", "output") if meter in prices]
+    million = " / ".join(f"{(prices[meter] * 1_000_000).normalize():f}" for meter in names)
+    text = f"{million} {currency} per 1M {' / '.join(n.removesuffix('_input').replace('uncached', 'input') for n in names)}"
+    return text + (f" + {prices['request'].normalize():f} a request" if "request" in prices else "")
+
+
+def _baseline(context: RunContext, lots: pa.Table, bids: pa.Table, awards: pa.Table) -> Decimal | None:
+    """The baseline's bill for what the awards are expected to use."""
+    if context.baseline is None or not awards.num_rows:
+        return None
+    pairs = set(zip(awards.column("lot_id").to_pylist(), awards.column("pool").cast(pa.string()).to_pylist(), strict=True))
+    inputs = dict(zip(lots.column("lot_id").to_pylist(), lots.column("input_tokens").to_pylist(), strict=True))
+    total = Decimal(0)
+    columns = ("lot_id", "pool", "expected_cached_tokens", "expected_output_tokens")
+    for lot, pool, cached, output in zip(*(bids.column(c).cast(pa.string() if c == "pool" else bids.column(c).type).to_pylist() for c in columns), strict=True):
+        if (lot, pool) in pairs:
+            price = context.baseline.cached_input
+            reused = cached if price is not None else 0
+            total += (inputs[lot] - reused) * context.baseline.input + reused * (price or 0) + output * context.baseline.output
+    return total

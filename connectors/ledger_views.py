@@ -4,7 +4,8 @@ The same derived views stand on two kinds of table views. ``views.sql``, in the 
 views read the manifests at each query. Ours (``ledger_reader``) are given the files that the manifests list.
 
 Charges and attempts are not deduplicated: a bundle that a runner executes twice writes the same part, byte for byte,
-and a manifest lists a part once. Two rows with one id would be a fault that a view must not hide.
+and a manifest lists a part once. Two rows with one id would be a fault that a view must not hide. Prices are: every
+part of every run that paid by a schedule brings its rows, under the same id.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ QUALIFY row_number() OVER (PARTITION BY manifest.run_id ORDER BY manifest.sequen
 
 _TABLE = """
 CREATE OR REPLACE VIEW %(table)s AS
+FROM (
 SELECT %(columns)s
 WHERE false
 UNION ALL BY NAME
@@ -67,7 +69,7 @@ FROM read_parquet(bidbeam_pattern() || '/%(table)s/**/*.parquet', union_by_name 
 WHERE filename IN (
     SELECT bidbeam_ledger() || '/' || part.path
     FROM (SELECT unnest(parts) AS part FROM bidbeam_manifests)
-    WHERE part."table" = '%(table)s');
+    WHERE part."table" = '%(table)s'))%(once)s;
 """
 
 
@@ -78,7 +80,7 @@ def views_sql(ledger: Store) -> str:
         "directory": ledger.url.replace("\n", " "),
         "literal": sql_text(ledger.url),
     }
-    tables = (_TABLE % {"table": table, "columns": _typed_columns(table)} for table in TABLES)
+    tables = (_TABLE % {"table": table, "columns": _typed_columns(table), "once": _once(table)} for table in TABLES)
     return header + "".join(tables) + "\n" + derived_views_sql()
 
 
@@ -87,12 +89,12 @@ def table_view_sql(table: str, files: Sequence[str], *, same_columns: bool) -> s
 
     ``same_columns``: all are of this ledger version, so that DuckDB need not open each to learn its columns.
     """
-    text = f"CREATE OR REPLACE VIEW {table} AS\nSELECT {_typed_columns(table)}\nWHERE false"
+    text = f"CREATE OR REPLACE VIEW {table} AS\nFROM (\nSELECT {_typed_columns(table)}\nWHERE false"
     if files:
         names = ", ".join(sql_text(escape_pattern(file)) for file in files)
         union = "false" if same_columns else "true"
         text += f"\nUNION ALL BY NAME\nFROM read_parquet([{names}], union_by_name = {union}, hive_partitioning = false)"
-    return text + ";"
+    return f"{text}){_once(table)};"
 
 
 @cache
@@ -109,6 +111,12 @@ def sql_text(value: str) -> str:
 def escape_pattern(path: str) -> str:
     """A path that DuckDB's file patterns match as it stands."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in path)
+
+
+def _once(table: str) -> str:
+    if table != "prices":
+        return ""
+    return "\nQUALIFY row_number() OVER (PARTITION BY price_id, meter ORDER BY valid_from) = 1"
 
 
 def _typed_columns(table: str) -> str:

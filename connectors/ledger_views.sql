@@ -183,26 +183,13 @@ SELECT
 FROM counted
 LEFT JOIN summed ON summed.run_id = counted.run_id AND summed.pool = counted.pool;
 
--- How far each clearing was from the best that could be, in money (gap) and relative to it (regret), with what its
--- awards promised to cost and reserved.
+-- How far each clearing was from the best that could be: in money (gap), and relative to that bound (regret). A run that
+-- was started again has a clearing for each round of each start.
 CREATE OR REPLACE VIEW regret AS
-WITH awarded AS (
-    SELECT
-        award.run_id, award.round,
-        CAST(bidbeam_whole(award.price_paid) AS DECIMAL(38, 18)) AS price_paid,
-        CAST(bidbeam_whole(award.reserved) AS DECIMAL(38, 18)) AS reserved,
-        CAST(bidbeam_whole(bid.expected_cost) AS DECIMAL(38, 18)) AS expected_cost
-    FROM awards AS award
-    LEFT JOIN bids AS bid ON bid.run_id = award.run_id AND bid.round = award.round AND bid.lot_id = award.lot_id
-        AND bid.pool = award.pool
-    GROUP BY award.run_id, award.round
-)
 SELECT
-    auction.run_id, auction.round, auction.cleared_at, auction.lots, auction.awarded, auction.pools,
-    auction.objective, auction.lp_bound, CAST(auction.objective - auction.lp_bound AS DECIMAL(38, 18)) AS gap,
-    auction.regret, awarded.expected_cost, awarded.price_paid, awarded.reserved
-FROM auctions AS auction
-LEFT JOIN awarded ON awarded.run_id = auction.run_id AND awarded.round = auction.round;
+    run_id, round, cleared_at, lots, awarded, pools, objective, lp_bound,
+    CAST(objective - lp_bound AS DECIMAL(38, 18)) AS gap, regret
+FROM auctions;
 
 -- What pools reported against what we counted ourselves, and what they say they billed against what we computed.
 -- Differences (…_off: theirs minus ours) are over the attempts where both are known; compared_… says how many.

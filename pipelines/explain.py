@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, localcontext
 from typing import TYPE_CHECKING, Any
 
 from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.ledger_reader import open_ledger
 from bidbeam.pipelines.explain_text import render_text
-from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation
+from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
 
 if TYPE_CHECKING:
     import duckdb
@@ -49,6 +48,9 @@ def explain_request(
             rows_with_this_id=len(same_id),
             clearings=_clearings(ledger, request, attempts),
             attempts=attempts,
+            cost=exact_sum(
+                charge.cost for attempt in attempts if attempt.request_id == request_id for charge in attempt.charges
+            ),
             **{name: request[name] for name in _REQUEST_FIELDS},
         )
 
@@ -67,9 +69,10 @@ def _attempts(ledger: duckdb.DuckDBPyConnection, request: Mapping[str, Any]) -> 
 def _clearings(
     ledger: duckdb.DuckDBPyConnection, request: Mapping[str, Any], attempts: Sequence[Attempt]
 ) -> tuple[Clearing, ...]:
-    """One for each round that the request was in: those of its own row and of its attempts."""
-    places = {(request["round"], request["lot_id"]), *((attempt.round, attempt.lot_id) for attempt in attempts)}
-    known = sorted((round_, lot_id) for round_, lot_id in places if round_ is not None and lot_id is not None)
+    """One for each round that the request was in, as its attempts came; where it ended unserved, at the end."""
+    places = [*((attempt.round, attempt.lot_id) for attempt in attempts), (request["round"], request["lot_id"])]
+    # Rounds start anew with each start of a run, so they do not tell the order.
+    known = [(round_, lot_id) for round_, lot_id in dict.fromkeys(places) if round_ is not None and lot_id is not None]
     return tuple(_clearing(ledger, request["run_id"], round_, lot_id) for round_, lot_id in known)
 
 
@@ -80,13 +83,8 @@ def _clearing(ledger: duckdb.DuckDBPyConnection, run_id: str, round_: int, lot_i
     award = next(iter(_rows(ledger, _AWARD, *key)), dict.fromkeys(_AWARD_FIELDS))
     scores = {bid.pool: bid.score for bid in bids}
     best, second = scores.get(award["winner"] or ""), scores.get(award["runner_up"] or "")
-    margin = _difference(second, best) if best is not None and second is not None else None
+    margin = exact_sum((second, best.copy_negate())) if best is not None and second is not None else None
     return Clearing(round=round_, lot_id=lot_id, bids=bids, margin=margin, **lot, **award)
-
-
-def _difference(one: Decimal, other: Decimal) -> Decimal:
-    with localcontext(prec=80):  # the default would round from 28 digits on
-        return one - other
 
 
 def _unknown(ledger: duckdb.DuckDBPyConnection, request_id: str, run_id: str | None, elsewhere: list[str]) -> str:
@@ -109,7 +107,7 @@ def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list
 
 
 _REQUEST_FIELDS = (
-    "source_file", "source_row", "tenant", "placement", "status", "reason", "shared_with", "cost", "tags",
+    "source_file", "source_row", "tenant", "placement", "status", "reason", "shared_with", "tags",
 )  # fmt: skip
 _LOT_FIELDS = ("model", "requests", "input_tokens", "ideal_cached_tokens")
 _AWARD_FIELDS = ("winner", "runner_up", "payment_rule", "price_paid", "reserved")
@@ -121,10 +119,9 @@ WHERE runs.run_id IN (SELECT run_id FROM requests WHERE request_id = $1)
 ORDER BY runs.started_at DESC, runs.run_id DESC"""
 
 _REQUEST = """
-SELECT request.*, cost_per_request.cost
-FROM (SELECT * EXCLUDE (cost) FROM requests WHERE run_id = $1 AND request_id = $2) AS request
-JOIN cost_per_request USING (run_id, request_id, source_file, source_row)
-ORDER BY request.attempt_id IS NULL, request.source_file, request.source_row"""
+FROM requests
+WHERE run_id = $1 AND request_id = $2
+ORDER BY attempt_id IS NULL, source_file, source_row"""
 
 _ATTEMPTS = """
 SELECT
@@ -133,7 +130,7 @@ SELECT
     usage_source, provider_request_id, provider_cost, jurisdiction, "operator", endpoint_host
 FROM attempts
 WHERE run_id = $1 AND (request_id = $2 OR attempt_id = $3)
-ORDER BY round, attempt_no, started_at, attempt_id"""
+ORDER BY started_at, attempt_no, attempt_id"""
 
 _CHARGES = """
 SELECT

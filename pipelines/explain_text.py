@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from decimal import Decimal, localcontext
+from decimal import Decimal
 
-from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation
+from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
 
 __all__ = ["render_text"]
 
@@ -74,7 +74,7 @@ def _why(it: Clearing) -> str:
         return f"{it.winner} won before {it.runner_up}"
     if it.margin < 0:
         return (
-            f"{it.winner} won although {it.runner_up} scored {_money(-it.margin)} lower: "
+            f"{it.winner} won although {it.runner_up} scored {_money(it.margin.copy_negate())} lower: "
             "what that pool can take was worth more to other lots"
         )
     if it.margin == 0:
@@ -142,14 +142,7 @@ def _charges(charges: Sequence[Charge]) -> Iterator[str]:
         for charge in charges
     ]
     yield from _table(("", "meter", "quantity", "x unit price", "= cost", "x rate", "= USD"), rows)
-    yield f"  together {_money(_total([charge.cost for charge in charges]))}"
-
-
-def _total(costs: Sequence[Decimal | None]) -> Decimal | None:
-    """Exact; unknown where one of them is."""
-    known = [cost for cost in costs if cost is not None]
-    with localcontext(prec=80):  # the default would round from 28 digits on
-        return sum(known, Decimal(0)) if len(known) == len(costs) else None
+    yield f"  together {_money(exact_sum(charge.cost for charge in charges))}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

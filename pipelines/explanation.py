@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 
@@ -124,6 +125,17 @@ class Explanation:
         """As a JSON object: decimals are strings with all their digits, times are ISO 8601 in UTC."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_json_value))
         return found
+
+
+def exact_sum(amounts: Iterable[Decimal | None]) -> Decimal | None:
+    """The sum with all its digits; None where one is unknown, 0 of nothing."""
+    total = Decimal(0)
+    with localcontext(prec=80):  # the default would round from 28 digits on
+        for amount in amounts:
+            if amount is None:
+                return None
+            total += amount
+    return total
 
 
 def _json_value(value: Any) -> str:

@@ -108,7 +108,10 @@ def _explained(error: Exception, as_json: bool, traceback: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, _PARSER_ERRORS):
-        message = error.format_message()  # type: ignore[attr-defined]  # the parser's own errors all have it
+        message: str = error.format_message()  # type: ignore[attr-defined]  # the parser's own errors all have it
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message, file=sys.stderr)
+            return 2
         context = getattr(error, "ctx", None)
         hint = f"; see {context.command_path} --help" if context is not None else ""
         return _failed(f"{message.rstrip('.')}{hint}", "UsageError", 2, as_json)

@@ -6,9 +6,11 @@ and nothing but a terminal ever gets a control character.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from types import TracebackType
@@ -16,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_NOISE = ("apitools not found",)
+"""What Beam logs about optional packages that no run of ours uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,11 @@ class ProgressSnapshot:
     ideal_cached_tokens: int | None = None
     output_tokens: int | None = None
     pools: tuple[PoolProgress, ...] = ()
+
+    @property
+    def done(self) -> tuple[object, ...]:
+        """What the run has come to, without rates and what is under way."""
+        return self.phase, self.total, self.settled, self.dead, self.spend, self.cached_tokens, self.output_tokens
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -121,8 +131,8 @@ class LogProgress(NullProgress):
         print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Prints the last snapshot if it was not yet shown."""
-        if self._latest is not None and self._latest != self._shown:
+        """Prints the last snapshot if more was done since the last line."""
+        if self._latest is not None and (self._shown is None or self._latest.done != self._shown.done):
             self._show(self._latest, self._clock())
 
     def _show(self, snapshot: ProgressSnapshot, now: float) -> None:
@@ -212,7 +222,9 @@ def _panel(snapshot: ProgressSnapshot) -> RenderableType:
 
     parts: list[RenderableType] = [Text("  ".join((snapshot.phase, *_headline(snapshot))))]
     if snapshot.total:
-        parts.append(ProgressBar(total=snapshot.total, completed=min(snapshot.settled, snapshot.total), width=60))
+        line = Table.grid()  # a bar alone does not end its line
+        line.add_row(ProgressBar(total=snapshot.total, completed=min(snapshot.settled, snapshot.total), width=60))
+        parts.append(line)
     if snapshot.pools:
         table = Table(box=None, pad_edge=False)
         table.add_column("pool")
@@ -225,6 +237,34 @@ def _panel(snapshot: ProgressSnapshot) -> RenderableType:
             )
         parts.append(table)
     return Group(*parts)
+
+
+class _NoteHandler(logging.Handler):
+    """Log records as notes, with whatever has the shape of a key masked."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from bidbeam.connectors.secrets import mask
+
+        try:
+            self._progress.note(mask(f"{record.levelname.lower()}: {record.getMessage()}"))
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def logs_noted(progress: Progress) -> Iterator[None]:
+    """Shows libraries' warnings and errors through the progress, so that they do not tear a live panel."""
+    root, handler = logging.getLogger(), _NoteHandler(progress)
+    handler.addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 def for_stream(stream: TextIO | None = None) -> Progress:

@@ -20,7 +20,8 @@ def summary_text(summary: RunSummary) -> str:
     rows = [("status", head), ("prompts", f"{summary.requests:,}, of which {summary.served:,} were served")]
     dead = sum(summary.dead.values())
     if dead:
-        rows.append(("dead letters", f"{dead:,}: {counts(summary.dead)}"))
+        beyond = ", more than tolerated" if summary.exit_code == 3 else ""
+        rows.append(("dead letters", f"{dead:,}: {counts(summary.dead)}{beyond}"))
     rows.append(("tokens", _tokens(summary)))
     rows.append(("cost", usd(summary.cost) + _saved(summary.cost, summary.baseline_cost)))
     if summary.status != "nothing_to_do":
@@ -52,10 +53,11 @@ def _tokens(summary: RunSummary) -> str:
 
 
 def _saved(cost: Decimal, baseline: Decimal | None) -> str:
-    if baseline is None:
+    if not baseline:
         return ""
-    text = f"; {usd(baseline)} at the baseline"
-    return text + (f", {100 * (baseline - cost) / baseline:.1f}% saved" if baseline > 0 and cost <= baseline else "")
+    share = 100 * (baseline - cost) / baseline
+    told = f"{share:.1f}% saved" if share >= 0 else f"{-share:.1f}% more"
+    return f"; {usd(baseline)} at the baseline, {told}"
 
 
 def quote_text(quote: Quote) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 from decimal import Decimal
 
 import pytest
@@ -15,6 +17,7 @@ from bidbeam.pipelines.progress import (
     RichProgress,
     for_stream,
     line_of,
+    logs_noted,
     usd,
 )
 
@@ -117,8 +120,12 @@ def test_a_terminal_gets_a_panel_with_every_pool(monkeypatch: pytest.MonkeyPatch
         progress.update(HALF)
     text = out.getvalue()
     assert isinstance(progress, RichProgress)
-    for shown in ("1,000/2,000 prompts", "near", "far", "tokens/s", "pool far is down [again]"):
+    for shown in ("1,000/2,000 prompts", "pool far is down [again]"):
         assert shown in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    panel = [line.split() for line in plain.splitlines()]
+    assert ["pool", "done", "in", "flight", "failed", "tokens/s", "spent"] in panel
+    assert ["near", "800", "64", "0", "900", "$0.010"] in panel
 
 
 def test_null_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +134,17 @@ def test_null_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         progress.update(HALF)
         progress.note("anything")
     assert capsys.readouterr() == ("", "")
+
+
+def test_library_warnings_become_notes_without_keys() -> None:
+    """They appear among the lines, keys masked, known noise and mere information left out."""
+    out = io.StringIO()
+    with LogProgress(out) as progress, logs_noted(progress):
+        logging.getLogger("library").warning("key %s is old", "sk-plantedplantedplanted")
+        logging.getLogger("library").info("hello")
+        logging.warning("apitools not found, and so on")
+    logging.getLogger("library").warning("after the run")
+    assert out.getvalue() == "warning: key *** is old\n"
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,13 @@ def run(
     read = read_job(job, run_date, set_)
 
     from bidbeam.pipelines.jsonable import to_json
-    from bidbeam.pipelines.progress import NullProgress, for_stream
-    from bidbeam.pipelines.run import run_job
+    from bidbeam.pipelines.progress import NullProgress, for_stream, logs_noted
     from bidbeam.pipelines.show import summary_text
 
-    with NullProgress() if quiet else for_stream() as progress:
+    with NullProgress() if quiet else for_stream() as progress, logs_noted(progress):
+        # Imported late: Beam logs while it is being imported.
+        from bidbeam.pipelines.run import run_job
+
         summary = run_job(read, rehearse=rehearse, beam_options=list(context.obj.beam_options), progress=progress)
     print(to_json(summary) if json else summary_text(summary))
     return summary.exit_code

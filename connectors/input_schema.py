@@ -141,7 +141,9 @@ def _clean(field: pa.Field) -> pa.Field:
 def _check_writable(field: pa.Field, url: str) -> None:
     try:
         pq.write_table(pa.schema([field]).empty_table(), pa.MockOutputStream())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+    except UnicodeDecodeError as error:  # Arrow complains about a damaged type in bytes that are no text
+        raise InputError(f"column {field.name!r} of {url} has a damaged type; write the file again") from error
+    except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"column {field.name!r} of {url} is {field.type}, which Parquet cannot hold, and outputs carry every "
             "input column; convert it or leave it out"

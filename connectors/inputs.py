@@ -142,6 +142,7 @@ def _inspect(file: InputFile, target_bytes: int) -> Inspected:
             else:
                 found = (input_parquet if file.format == "parquet" else input_arrow).inspect(source)
             check_names(found.schema, file.url)
+            str(found.schema)  # names of nested fields are decoded only when asked for; damaged ones fail here
     except StoreError as error:
         raise InputError(str(error)) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

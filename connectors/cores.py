@@ -15,6 +15,8 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+from bidbeam.connectors.errors import ConfigError
+
 
 def available_cores() -> tuple[int, ...]:
     """The cores this process may run on, ascending."""
@@ -72,9 +74,17 @@ def lease(share: int = 1, *, cores: Sequence[int] | None = None, directory: Path
     """Leases the first free one of the ``share`` blocks that ``plan`` cuts the machine's cores into.
 
     ``share`` is how many CPU engines are to run on this machine at once. ``cores`` takes exactly these instead, as an
-    explicit key in the pools file asks. When every block is held, blocks are shared, the least crowded first.
+    explicit key in the pools file asks, and raises ConfigError where this process may not run on them. When every
+    block is held, blocks are shared, the least crowded first.
     """
     if cores is not None:
+        missing = set(cores) - set(available_cores())
+        if missing:
+            raise ConfigError(
+                f"cores {sorted(missing)} are not to be had on this machine",
+                key="engine.cores",
+                expected=f"some of {list(available_cores())}",
+            )
         return CoreLease(tuple(cores))
     folder = directory or Path(tempfile.gettempdir()) / f"bidbeam-cores-{os.getuid()}"
     blocks = plan(available_cores(), share)

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors import cores as cpu_cores
-from bidbeam.connectors.errors import BidbeamError, ModelError, PoolDown
+from bidbeam.connectors.errors import BidbeamError, ConfigError, ModelError, PoolDown
 from bidbeam.connectors.secrets import looks_like_secret, mask
 from bidbeam.connectors.vllm_worker import (
     REQUESTS,
@@ -76,16 +76,23 @@ class VllmConfig:
         concurrency: int | None = None,
         cpu: bool = True,
     ) -> VllmConfig:
-        """From a pool's ``engine`` mapping, whose keys ``env`` and ``cores`` are ours and whose others are vLLM's."""
+        """From a pool's ``engine`` mapping, whose keys ``env`` and ``cores`` are ours and whose others are vLLM's.
+
+        Raises ConfigError where one of ours has the wrong shape.
+        """
         arguments = dict(engine)
         env = arguments.pop("env", None) or {}
         cores = arguments.pop("cores", None)
+        if not isinstance(env, Mapping):
+            raise ConfigError("is not a mapping", key=f"pools.{name}.engine.env", expected="variable: value")
+        if cores is not None and not (isinstance(cores, Sequence) and cores and all(type(c) is int for c in cores)):
+            raise ConfigError("is not a list of cores", key=f"pools.{name}.engine.cores", expected="such as [0, 1]")
         return cls(
             name=name,
             model_dir=model_dir,
             engine_json=json.dumps(arguments, sort_keys=True, default=str),
             env=tuple(sorted((key, str(value)) for key, value in env.items())),
-            cores=tuple(int(core) for core in cores) if cores is not None else None,
+            cores=tuple(cores) if cores is not None else None,
             concurrency=concurrency,
             cpu=cpu,
         )
@@ -180,8 +187,8 @@ class VllmEngine:
             )
         ours, theirs = socket.socketpair()
         lifeline_read, self._lifeline = os.pipe()
-        handle, log = tempfile.mkstemp(prefix="bidbeam-vllm-", suffix=".log")
-        self._log = Path(log)
+        # Without a name, so that nothing stays behind however this ends.
+        self._log = tempfile.TemporaryFile(prefix="bidbeam-vllm-")  # noqa: SIM115 - read when the process has ended
         try:
             # -P: a directory of the user's that happens to be named vllm or torch must not shadow the real one.
             self._process = subprocess.Popen(
@@ -195,20 +202,19 @@ class VllmEngine:
                 ],
                 env=self._environment(cores),
                 stdin=subprocess.DEVNULL,
-                stdout=handle,
-                stderr=handle,
+                stdout=self._log,
+                stderr=self._log,
                 pass_fds=(theirs.fileno(), lifeline_read),
                 start_new_session=True,
             )
         except BaseException:
             ours.close()
             os.close(self._lifeline)
-            self._log.unlink(missing_ok=True)
+            self._log.close()
             raise
         finally:
             theirs.close()
             os.close(lifeline_read)
-            os.close(handle)
         self._channel = Connection(ours.detach())
         self._outbox.put(
             encode_control("config", engine_args=self.config.engine_args, cores=list(cores) if cores else None)
@@ -243,7 +249,7 @@ class VllmEngine:
                 frame = self._channel.recv_bytes()
                 if frame.startswith(RESULTS):
                     self._arrived.append(decode_batch(frame))
-                    self._wake()
+                    self._call_wake()
                     continue
                 message = decode_control(frame)
                 op = message.pop("op")
@@ -270,7 +276,7 @@ class VllmEngine:
             for batch in held:
                 self._outbox.put(encode_batch(REQUESTS, batch))
         self._settled.set()
-        self._wake()
+        self._call_wake()
 
     def _end(self, fatal: str | None) -> None:
         """The child's end of the channel is gone: reap it and everything it started, and say why."""
@@ -280,6 +286,7 @@ class VllmEngine:
         # Before the leader is reaped its number cannot name another group.
         self._kill_group()
         code = self._process.wait()
+        spoken = fatal is not None
         if fatal is None:
             fatal = (
                 f"its process was killed by {signal.Signals(-code).name}"
@@ -288,30 +295,36 @@ class VllmEngine:
                 else f"its process ended with status {code}"
             )
         with self._lock:
-            self._failure = "it was closed" if self._closing else self._explain(fatal)
+            self._failure = "it was closed" if self._closing else self._explain(fatal, spoken=spoken)
             self._held = []
         lifeline, self._lifeline = self._lifeline, -1
         os.close(lifeline)
         self._outbox.put(None)
-        self._log.unlink(missing_ok=True)
+        self._log.close()
         if self._lease is not None:
             self._lease.release()
         self._gone.set()
         self._settled.set()
-        self._wake()
+        self._call_wake()
+
+    def _call_wake(self) -> None:
+        # A listener that is gone, such as a closed event loop, must not end the thread that the next one relies on.
+        with contextlib.suppress(Exception):
+            self._wake()
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _explain(self, fatal: str) -> str:
-        with contextlib.suppress(OSError):
-            size = self._log.stat().st_size
-            with self._log.open("rb") as log:
-                log.seek(max(0, size - _LOG_TAIL))
-                tail = log.read().decode(errors="replace").strip()
-            if tail:
-                fatal = f"{fatal}\nthe end of its log:\n{tail}"
+    def _explain(self, fatal: str, *, spoken: bool) -> str:
+        """What ended it, masked; with the end of its log where the child could not say, or points there itself."""
+        if not spoken or "root cause" in fatal:
+            size = os.fstat(self._log.fileno()).st_size
+            tail = os.pread(self._log.fileno(), _LOG_TAIL, max(0, size - _LOG_TAIL)).decode(errors="replace")
+            if size > _LOG_TAIL:
+                tail = tail.partition("\n")[2]
+            if tail.strip():
+                fatal = f"{fatal}; the end of its log:\n{tail.strip()}"
         variables = {**os.environ, **dict(self.config.env)}
         return mask(fatal, [value for name, value in variables.items() if looks_like_secret(value, name)])
 
@@ -325,7 +338,8 @@ class VllmEngine:
             )
         if self._facts is None:
             raise ModelError(
-                f"pool {self.config.name!r}: the model in {self.config.model_dir} did not load: {self._failure}"
+                f"pool {self.config.name!r}: the model in {self.config.model_dir} did not load: {self._failure} "
+                "(check the pool's engine arguments and the model's files)"
             )
         if self._failure is not None:
             raise self._down()
@@ -389,7 +403,7 @@ class VllmEngine:
             self._arrived.append(
                 result_batch([{"tag": tag, **nothing, **stamps} for tag in batch.column("tag").to_pylist()])
             )
-        self._wake()
+        self._call_wake()
 
     def stats(self, timeout_s: float = 5.0) -> dict[str, float]:
         """Counters since loading: requests, steps, input, cached and output tokens; with ``disable_log_stats: false``
@@ -407,7 +421,8 @@ class VllmEngine:
         with self._lock:
             self._closing = True
         self._outbox.put(encode_control("close"))
-        if not self._gone.wait(_GRACE_S):
+        # One that is still loading cannot listen yet, and has nothing to lose.
+        if self._facts is None or not self._gone.wait(_GRACE_S):
             self._kill_group()
             self._gone.wait()
 

@@ -11,6 +11,7 @@ child answers ``ready`` or ``failed``, then results, ``stats``, and ``fatal`` wh
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import gc
 import json
@@ -84,9 +85,7 @@ def sampling_params(text: str, max_tokens: int | None) -> Any:
     known = [k for k in SamplingParams.__struct_fields__ if not k.startswith("_") and k not in _NOT_SAMPLING]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"sampling key {key!r} is not one that vLLM takes{hint}")
+            raise ValueError(f"sampling key {key!r} is not one that vLLM takes{_nearest(key, known)}")
     if isinstance(values.get("structured_outputs"), dict):
         values["structured_outputs"] = StructuredOutputsParams(**values["structured_outputs"])
     if response_format is not None:
@@ -141,7 +140,12 @@ class Host:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**config["engine_args"]))
+        arguments = config["engine_args"]
+        known = [argument.name for argument in dataclasses.fields(EngineArgs)]
+        for key in arguments:
+            if key not in known:
+                raise ValueError(f"vLLM has no engine argument {key!r}{_nearest(key, known)}")
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         # What loading made lives as long as the process: the collector need not look at it between steps.
         gc.collect()
         gc.freeze()
@@ -336,6 +340,12 @@ def _token_lists(column: pa.Array) -> Iterator[list[int] | None]:
     values = column.values.to_numpy(zero_copy_only=False)
     for i, valid in enumerate(column.is_valid().to_pylist()):
         yield values[offsets[i] : offsets[i + 1]].tolist() if valid else None
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """A hint at the name that was meant, or nothing."""
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _short(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bidbeam.connectors import cores, registry
+from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.registry import Registry
 
 
@@ -184,6 +185,8 @@ def test_explicit_cores_are_taken_as_they_are(tmp_path: Path) -> None:
     held = cores.lease(1, directory=tmp_path)
     assert held.cores == (0, 1)
     assert cores.lease(1, cores=[1], directory=tmp_path).cores == (1,)
+    with pytest.raises(ConfigError, match="7"):
+        cores.lease(1, cores=[1, 7], directory=tmp_path)
 
 
 @pytest.mark.usefixtures("two_cores")

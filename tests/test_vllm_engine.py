@@ -23,7 +23,7 @@ import pytest
 from tiny_model import CONTEXT, VOCAB, tiny_model
 
 from bidbeam.connectors.engine import REQUEST_FIELDS, RESULT_SCHEMA, Engine
-from bidbeam.connectors.errors import ModelError, PoolDown
+from bidbeam.connectors.errors import ConfigError, ModelError, PoolDown
 from bidbeam.connectors.registry import Registry
 from bidbeam.connectors.vllm_engine import VllmConfig, VllmEngine
 
@@ -161,6 +161,13 @@ def test_engine_arguments_pass_through_over_our_defaults() -> None:
     assert VllmConfig.of("own", "m", {}, concurrency=9).engine_args["max_num_seqs"] == 9
 
 
+@pytest.mark.parametrize("engine", [{"cores": 1}, {"cores": []}, {"cores": ["0"]}, {"env": ["A=1"]}])
+def test_our_own_keys_are_checked(engine: dict[str, Any]) -> None:
+    """A wrong shape under one of our own engine keys is a configuration error that names the key."""
+    with pytest.raises(ConfigError, match=r"pools\.own\.engine\."):
+        VllmConfig.of("own", "m", engine)
+
+
 def test_a_fixed_cache_size_replaces_our_default() -> None:
     """The default KV cache size steps back for an argument or a variable that sets it."""
     assert "kv_cache_memory_bytes" in VllmConfig.of("own", "m", {}).engine_args
@@ -221,15 +228,21 @@ def test_a_killed_parent_takes_its_engine_along(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_load_says_why() -> None:
-    """A wrong engine argument ends in a ModelError that names pool and reason, and shows no key."""
-    bad = ENGINE | {"max_model_len": CONTEXT * 2, "env": {"CHUTES_API_KEY": "cpk-planted-0123456789abcdef"}}
-    engine = VllmEngine(VllmConfig.of("own-l4", tiny_model(), bad))
-    with pytest.raises(ModelError, match=r"own-l4.*max_model_len") as caught:
-        engine.ready(120)
-    assert "planted" not in str(caught.value)
-    assert len(str(caught.value)) < 4000
-    assert engine.dead
-    engine.close()
+    """A ModelError names the pool and what is wrong: the nearest engine argument, or the file, with keys masked."""
+    planted = "Zq8planted0123456789abcdef"
+    misspelt = VllmEngine(VllmConfig.of("own-l4", tiny_model(), ENGINE | {"block_sizes": 32}))
+    missing = VllmEngine(
+        VllmConfig.of("own-l5", tiny_model(), ENGINE | {"tokenizer": f"/none/{planted}", "env": {"A_KEY": planted}})
+    )
+    with pytest.raises(ModelError, match=r"own-l4.*'block_sizes'; did you mean 'block_size'"):
+        misspelt.ready(120)
+    with pytest.raises(ModelError, match=r"own-l5.*/none/") as caught:
+        missing.ready(120)
+    assert planted not in str(caught.value)
+    assert len(str(caught.value)) < 1500
+    assert missing.dead
+    for engine in (misspelt, missing):
+        engine.close()
 
 
 # -- the shared engine --

@@ -98,6 +98,20 @@ def test_init_writes_what_run_reads(cli: Cli, tmp_path: Path) -> None:
     assert prompts.num_rows > 0
 
 
+def test_what_init_writes_rehearses_at_once(tmp_path: Path) -> None:
+    """A new user's first command ends well, in plain text; typed again, it says that nothing is left to do."""
+    job = write_starter(str(tmp_path))[0]
+    command = [sys.executable, "-m", "bidbeam.pipelines.cli", "run", job, "--rehearse"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (first.returncode, first.stderr.count("Traceback")) == (0, 0), first.stderr
+    assert "complete (rehearsal: nothing was sent or spent)" in first.stdout
+    assert "\x1b" not in first.stdout + first.stderr
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    told = json.loads(again.stdout)
+    assert (again.returncode, told["status"]) == (0, "nothing_to_do")
+    assert told["run_id"] == first.stdout.split()[-1]
+
+
 def test_init_overwrites_nothing(cli: Cli, tmp_path: Path) -> None:
     """A file that is there stays as it is, and the others are not written."""
     (tmp_path / "pools.yaml").write_text("mine")

@@ -26,9 +26,13 @@ def quote(
     read = read_job(job, run_date, set_)
 
     from bidbeam.pipelines.jsonable import to_json
-    from bidbeam.pipelines.quote import quote_job
+    from bidbeam.pipelines.progress import LogProgress, logs_noted
     from bidbeam.pipelines.show import quote_text
 
-    quoted = quote_job(read)
+    with logs_noted(LogProgress()):
+        # Imported late: Beam logs while it is being imported.
+        from bidbeam.pipelines.quote import quote_job
+
+        quoted = quote_job(read)
     print(to_json(quoted) if json else quote_text(quoted))
     return 0

@@ -18,8 +18,9 @@ from bidbeam.connectors.errors import ModelError
 
 _SENTINEL = "\u2603bidbeam\u2603"
 _EDGES = (
-    "x", "two words", " leading", "trailing ", "\n\nlines\n\n", "\ttab\t", "  ", "\u00fcn\u00efc\u00f6d\u00e9 \u4f60\u597d \U0001f9ea",
-    "\u00a0no-break\u00a0", "\x1cseparator\x1f", "e\u0301", "<b>&amp;\"'</b>", "{{ x }}{% y %}{# z #}", "back\\slash\\n", "None", "0", "\r\nreturn\r\n",
+    "x", "two words", " leading", "trailing ", "\n\nlines\n\n", "\ttab\t", "  ", "\r\nreturn\r\n", "e\u0301",
+    "\u00fcn\u00efc\u00f6d\u00e9 \u4f60\u597d \U0001f9ea", "\u00a0no-break\u00a0", "\x1cseparator\x1f",
+    "<b>&amp;\"'</b>", "{{ x }}{% y %}{# z #}", "back\\slash\\n", "None", "0",
 )  # fmt: skip
 _MAX_PAIRS = 24
 
@@ -36,7 +37,7 @@ class Frame:
     content: Literal["verbatim", "stripped"]
 
 
-class BadChat(ValueError):
+class BadChat(ValueError):  # noqa: N818 - named for what it says
     """Messages that the template refuses; the text never holds what they say."""
 
 

@@ -1,4 +1,4 @@
-"""Turns a GGUF file into a Hugging Face directory that vLLM loads: ``python -m bidbeam.connectors.gguf_convert SRC DST``.
+"""Turns a GGUF file into a Hugging Face directory that vLLM loads: ``python -m`` this module, ``SRC.gguf DST``.
 
 Runs as a child process (:mod:`bidbeam.connectors.model_files` starts it), so that torch and transformers never enter
 the process that drives a run. Weights become bfloat16 safetensors; the tokenizer keeps the file's chat template.
@@ -19,7 +19,7 @@ def convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("the file's tokenizer has no fast form, so no tokenizer.json can be written")
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16).bfloat16()
     # The weights are dequantized now: left in place, these marks would make an engine look for quantized ones.
     for holder in (model, model.config):
         for mark in ("quantization_config", "quantization_method", "hf_quantizer", "is_quantized"):

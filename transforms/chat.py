@@ -16,11 +16,11 @@ _MORE_KEYS = ("name", "tool_call_id", "tool_calls", "refusal")
 
 Message = dict[str, Any]
 
-json_text: Callable[[str], str] = getattr(encoder, "c_encode_basestring", None) or encoder.encode_basestring  # type: ignore[attr-defined]
+json_text: Callable[[str], str] = getattr(encoder, "c_encode_basestring", None) or encoder.encode_basestring
 """A text as a JSON string, non-ASCII characters kept; written in C where there is C."""
 
 
-class BadMessages(ValueError):
+class BadMessages(ValueError):  # noqa: N818 - named for what it says
     """Messages that no model takes; the text says which message and why, never what it holds."""
 
 
@@ -30,6 +30,8 @@ def normalise(value: Any, system: str | None) -> list[Message]:
     Content may be a text or a list of text parts, which become lines of one text, as vLLM does it. Content may be
     missing only beside ``tool_calls``.
     """
+    if value is UNREADABLE:
+        raise BadMessages("is not UTF-8")
     if value is None or not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadMessages("is not a list of messages" if value not in (None, []) else "is null or empty")
     messages = [_message(item, i + 1) for i, item in enumerate(value)]
@@ -62,7 +64,9 @@ def _message(item: Any, place: int) -> Message:
 
 
 def _join_parts(parts: list[Any], place: int) -> str:
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None for part in parts]
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None for part in parts
+    ]
     if not all(isinstance(text, str) for text in texts):
         raise BadMessages(f"message {place} has a part that is not text")
     return "\n".join(texts)  # type: ignore[arg-type]  # all are texts
@@ -76,7 +80,7 @@ def _check_unicode(text: str, place: int) -> None:
 
 
 def messages_text(messages: Sequence[Message]) -> str:
-    """Canonical JSON of normalised messages: what is hashed and sorted where no tokenizer is known, and sent by HTTP."""
+    """Canonical JSON of normalised messages: hashed and sorted where no tokenizer is known, and sent by HTTP."""
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":"), default=str)
 
 

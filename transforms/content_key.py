@@ -9,6 +9,7 @@ themselves, and never in the ledger.
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ def content_keys(keys: pa.Array, seeds: int | npt.NDArray[np.uint64]) -> pa.Arra
     data = memoryview(buffers[2] or b"")
     digest = xxhash.xxh3_128_digest
     if isinstance(seeds, int):
-        hashes = [digest(data[a:b], seeds) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        hashes = [digest(data[a:b], seeds) for a, b in itertools.pairwise(offsets)]
     else:
         rows = zip(offsets[:-1], offsets[1:], seeds.tolist(), strict=True)
         hashes = [digest(data[a:b], seed) for a, b, seed in rows]

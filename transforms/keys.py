@@ -4,7 +4,7 @@ With a tokenizer the key is the token ids, big-endian, so that the order of byte
 prefix of bytes is a shared prefix of tokens. Without one it is text: a plain prompt's own bytes (a constant system
 message is left out, it would only lengthen every key), or a chat's canonical JSON.
 
-Estimated tokens: a quarter of the UTF-8 bytes, rounded up; of chats, 4 more for each message and for the answer's start.
+Estimated tokens: a quarter of the UTF-8 bytes, rounded up; of chats, 4 more for each message and the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.tokenizer import Encoded, ModelTools
 from bidbeam.transforms.chat import messages_text
-from bidbeam.transforms.prompts import PromptSpec, Prompts
+from bidbeam.transforms.prompts import Prompts, PromptSpec
 
 Ints = npt.NDArray[np.int64]
 _OVERHEAD = 4
@@ -27,7 +27,7 @@ _OVERHEAD = 4
 
 @dataclass(slots=True)
 class Keys:
-    """Keys of n rows, all arrays of shape (n,). Rows without a key have ``present`` False and mean nothing elsewhere."""
+    """Keys of n rows, all arrays of shape (n,). Rows that are not ``present`` have none; their values mean nothing."""
 
     bytes: pa.Array
     tokens: npt.NDArray[np.int32]
@@ -86,13 +86,13 @@ def make_keys(
 
 def _text_keys(prompts: Prompts, spec: PromptSpec, rows: Ints, kind: int) -> Encoded:
     if kind == 2:
-        chats = [chat for chat in (prompts.chats or []) if chat is not None] if prompts.chats else []
-        chats = [prompts.chats[row] or [] for row in rows.tolist()] if prompts.chats else []
+        chats = [(prompts.chats or [])[row] or [] for row in rows.tolist()]
         keys = pa.array([messages_text(chat).encode() for chat in chats], pa.binary())
-        sizes = [sum(len((m["content"] or "").encode()) + 4 * _OVERHEAD for m in chat) + 4 * _OVERHEAD for chat in chats]
+        sizes = [
+            sum(len((m["content"] or "").encode()) + 4 * _OVERHEAD for m in chat) + 4 * _OVERHEAD for chat in chats
+        ]
         return Encoded(keys, _quarter(np.array(sizes, np.int64)))
-    texts = prompts.texts if len(rows) == len(prompts.texts) else prompts.texts.take(pa.array(rows))
-    keys = texts.cast(pa.binary())
+    keys = prompts.text_of(rows).cast(pa.binary())
     lengths = pc.binary_length(keys).to_numpy(zero_copy_only=False).astype(np.int64)
     if kind == 1:
         messages = 1 if spec.system is None else 2
@@ -110,7 +110,7 @@ def _token_keys(
     if kind == 2 and prompts.chats is not None:
         encoded, bad = model.encode_messages([prompts.chats[row] or [] for row in rows.tolist()])
     else:
-        texts = prompts.texts.take(pa.array(rows)).to_pylist()
+        texts = prompts.text_of(rows).to_pylist()
         encoded, bad = (model.encode(texts, special=True), {}) if kind == 0 else model.encode_user(texts, spec.system)
     for place, why in bad.items():
         problems[int(rows[place])] = why

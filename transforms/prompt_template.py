@@ -19,7 +19,7 @@ MAX_STEPS = 100_000
 """Loop iterations that one row may take, all its loops together."""
 
 
-class TemplateProblem(ValueError):
+class TemplateProblem(ValueError):  # noqa: N818 - named for what it says
     """A row that the template does not render; the text never holds a value of the row."""
 
 
@@ -44,7 +44,9 @@ class PromptTemplate:
                 expected="a Jinja template over the input's columns",
             ) from None
         except (RecursionError, jinja2.TemplateError) as error:
-            raise ConfigError(f"the template does not compile ({type(error).__name__})", key="prompt.template") from None
+            raise ConfigError(
+                f"the template does not compile ({type(error).__name__})", key="prompt.template"
+            ) from None
         self._text = text
 
     def render(self, row: Mapping[str, Any]) -> str:
@@ -55,8 +57,7 @@ class PromptTemplate:
         try:
             for piece in self._template.generate(row):
                 length += len(piece)
-                if length > MAX_TEXT:
-                    raise _Limit(f"the prompt grows beyond {MAX_TEXT} characters")
+                _check_size(length)
                 pieces.append(piece)
             text = "".join(pieces)
             text.encode()

@@ -1,4 +1,4 @@
-"""What each row asks: plain text or chat messages, taken from a column, a template or an OpenAI batch line."""
+"""What each row asks: plain text or chat messages, taken from a column, a template or an OpenAI batch request."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.errors import ConfigError, InputError
+from bidbeam.connectors.inputs import is_json_text, is_openai_batch
 from bidbeam.transforms.chat import BadMessages, Message, normalise
 from bidbeam.transforms.prompt_template import PromptTemplate, TemplateProblem, compile_template
 from bidbeam.transforms.row_values import UNREADABLE, is_text, python_values, readable_text
 from bidbeam.transforms.sampling import parse_json
-
-BAD_LINE = "_bidbeam_bad"
-"""Column that a JSONL reader fills with what is wrong with a line; null where the line is good."""
 
 _TRANSPORT_KEYS = frozenset({"model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"})
 """Keys of a batch line's body that do not say how the answer is drawn."""
@@ -60,10 +58,11 @@ class Prompts:
     samplings: list[dict[str, Any]] | None = None
     """Of OpenAI batch lines: each row's own model and sampling."""
 
-
-def is_openai_batch(schema: pa.Schema) -> bool:
-    """Whether rows are OpenAI batch lines: ``custom_id`` and a ``body`` of JSON text."""
-    return {"custom_id", "body"} <= set(schema.names) and is_text(schema.field("body").type)
+    def text_of(self, rows: npt.NDArray[np.int64]) -> pa.Array:
+        """The texts of these rows, ascending, all of which have one."""
+        if self.texts is None:
+            raise ValueError("these rows have messages")
+        return self.texts if len(rows) == len(self.texts) else self.texts.take(pa.array(rows))
 
 
 def id_column(spec: PromptSpec, schema: pa.Schema) -> str | None:
@@ -85,7 +84,9 @@ def check_prompt_columns(spec: PromptSpec, schema: pa.Schema) -> None:
         if name is not None:
             _require(key, name, schema)
             if pa.types.is_nested(schema.field(name).type):
-                raise InputError(f"prompt.{key}: column {name!r} is {schema.field(name).type}; expected text or a number")
+                raise InputError(
+                    f"prompt.{key}: column {name!r} is {schema.field(name).type}; expected text or a number"
+                )
     if spec.template is not None:
         for name in sorted(_compiled(spec.template).columns):
             _require("template", name, schema)
@@ -117,7 +118,7 @@ def _require(key: str, name: str, schema: pa.Schema) -> None:
 def _is_messages(type_: pa.DataType) -> bool:
     if not (pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_list_view(type_)):
         return False
-    return pa.types.is_struct(type_.value_type) or pa.types.is_map(type_.value_type)
+    return bool(pa.types.is_struct(type_.value_type) or pa.types.is_map(type_.value_type))
 
 
 def read_prompts(table: pa.Table, spec: PromptSpec) -> Prompts:
@@ -130,6 +131,8 @@ def read_prompts(table: pa.Table, spec: PromptSpec) -> Prompts:
     column = one_chunk(table.column(name))
     if _is_messages(column.type):
         return _from_messages(column, spec)
+    if is_json_text(table.schema.field(name)):
+        return _from_json(column, spec)
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
     texts, broken = readable_text(column)
@@ -170,13 +173,33 @@ def _from_messages(column: pa.Array, spec: PromptSpec) -> Prompts:
     problems: dict[int, str] = {}
     for row, value in enumerate(python_values(column)):
         try:
-            if value is UNREADABLE:
-                raise BadMessages("is not UTF-8")
             chats.append(normalise(value, spec.system))
         except BadMessages as problem:
             chats.append(None)
             problems[row] = f"column {spec.column!r}: {problem}"
     return Prompts(None, chats, problems=problems)
+
+
+def _from_json(column: pa.Array, spec: PromptSpec) -> Prompts:
+    """A JSONL column of texts and messages side by side, each value as its JSON text."""
+    texts: list[str | None] = []
+    chats: list[list[Message] | None] = []
+    problems: dict[int, str] = {}
+    for row, value in enumerate(python_values(column)):
+        text, chat = None, None
+        try:
+            asked = None if value is None else parse_json(value)
+            if isinstance(asked, str):
+                text = _plain_prompt(asked, "the prompt is")
+            elif spec.format == "raw":
+                problems[row] = f"column {spec.column!r}: a raw prompt must be text"
+            else:
+                chat = normalise(asked, spec.system)
+        except BadMessages as problem:
+            problems[row] = f"column {spec.column!r}: {problem}"
+        texts.append(text)
+        chats.append(chat)
+    return Prompts(pa.array(texts, pa.large_string()), chats, raw=spec.format == "raw", problems=problems)
 
 
 def _from_batch(table: pa.Table, spec: PromptSpec) -> Prompts:
@@ -192,9 +215,9 @@ def _from_batch(table: pa.Table, spec: PromptSpec) -> Prompts:
             if "messages" in line:
                 chats[row] = normalise(line["messages"], spec.system)
             else:
-                texts[row] = _plain_prompt(line.get("prompt"))
+                texts[row] = _plain_prompt(line.get("prompt"), "it has no messages, and its prompt is")
         except BadMessages as problem:
-            problems[row] = f"column 'body': {'messages: ' if 'body' not in str(problem) else ''}{problem}"
+            problems[row] = f"column 'body': {problem}"
             continue
         model = line.get("model")
         models[row] = model if isinstance(model, str) and model else None
@@ -212,17 +235,17 @@ def read_body(body: Any) -> dict[str, Any]:
     except (ValueError, TypeError):
         line = None
     if not isinstance(line, dict):
-        raise BadMessages("the body is not a JSON object")
+        raise BadMessages("is not a JSON object")
     return line
 
 
-def _plain_prompt(prompt: Any) -> str:
+def _plain_prompt(prompt: Any, what: str) -> str:
     if not isinstance(prompt, str) or not prompt:
-        raise BadMessages("the body has neither messages nor a prompt of text")
+        raise BadMessages(f"{what} empty or no text")
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise BadMessages("the body's prompt holds half a surrogate pair, which is no text") from None
+        raise BadMessages(f"{what} not text: it holds half a surrogate pair") from None
     return prompt
 
 

@@ -6,7 +6,7 @@ rows one by one. A row that brings its own messages, template values or sampling
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -16,23 +16,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.errors import ConfigError, InputError, ModelError
+from bidbeam.connectors.errors import ConfigError, InputError
+from bidbeam.connectors.inputs import BAD, is_json_text, is_openai_batch
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.connectors.tokenizer import ModelTools
 from bidbeam.transforms.content_key import content_keys, context_seed
 from bidbeam.transforms.keys import Keys, make_keys
 from bidbeam.transforms.placement import combine
 from bidbeam.transforms.prompt_template import compile_template
-from bidbeam.transforms.prompts import (
-    BAD_LINE, PromptSpec, check_prompt_columns, id_column, is_openai_batch, one_chunk, read_prompts,
-)  # fmt: skip
+from bidbeam.transforms.prompts import PromptSpec, check_prompt_columns, id_column, one_chunk, read_prompts
 from bidbeam.transforms.row_values import is_text, python_values, readable_text
 from bidbeam.transforms.sampling import BadSampling, Sampling, canonical_json, distinct, resolve, row_keys
 from bidbeam.transforms.wire import messages_json, prompt_text, token_lists
 
 __all__ = [
-    "RENDERED", "PromptSpec", "RenderSpec", "check_columns", "compile_template", "messages_json", "prompt_text", "render",
-    "token_lists",
+    "RENDERED", "PromptSpec", "RenderSpec", "check_columns", "compile_template", "messages_json", "prompt_text",
+    "render", "token_lists",
 ]  # fmt: skip
 
 MODEL_COLUMN = "model"
@@ -120,7 +119,9 @@ def check_columns(spec: RenderSpec, schema: pa.Schema) -> None:
     if is_openai_batch(schema):
         return
     if spec.model is None and MODEL_COLUMN not in schema.names:
-        raise ConfigError("no model: neither the job nor a column names one", key="model", expected="a model of the pools")
+        raise ConfigError(
+            "no model: neither the job nor a column names one", key="model", expected="a model of the pools"
+        )
     for name in (MODEL_COLUMN, *_sampling_columns(spec, schema.names), PLACEMENT_COLUMN):
         if schema.names.count(name) > 1:
             raise InputError(f"the input has {schema.names.count(name)} columns named {name!r}")
@@ -145,14 +146,14 @@ def render(
     """The rows of ``table`` as requests: a RENDERED batch, row by row beside it.
 
     ``models`` are the models of the pools; None: no tokenizer, so counts are estimates and keys are text. ``file`` and
-    ``row_start`` name rows without an id. ``seed`` (up to 128 bits) is the run's secret of content keys. A bad row has a
-    reason and a message and null key, counts and content; it never raises. Raises ModelError where a model has no chat
+    ``row_start`` name rows without an id. ``seed`` (up to 128 bits) is the run's secret of content keys. A bad row has
+    a reason and a message, and null key and content; it never raises. Raises ModelError where a model has no chat
     template for chats, ConfigError for what ``check_columns`` would have found.
     """
     n = table.num_rows
     problems = _Problems()
-    if BAD_LINE in table.column_names:
-        for row, said in enumerate(python_values(one_chunk(table.column(BAD_LINE)))):
+    if BAD in table.column_names:
+        for row, said in enumerate(python_values(one_chunk(table.column(BAD)))):
             if said is not None:
                 problems.add(row, str(said))
     prompts = read_prompts(table, spec.prompt)
@@ -274,7 +275,7 @@ def _samplings(
         codes, rows = _distinct_bodies(own)
     else:
         names = _sampling_columns(spec, table.column_names)
-        codes, rows = distinct({name: one_chunk(table.column(name)) for name in names}, table.num_rows)
+        codes, rows = _distinct_rows(table, names)
     where = "column 'body'" if own is not None else "column"
     found: list[Sampling | None] = []
     for code, row in enumerate(rows):
@@ -286,6 +287,11 @@ def _samplings(
             place = name if problem.key in row else f"sampling.{problem.key}"
             problems.add_all(np.flatnonzero(codes == code), f"{place} is not {problem.expected}")
     return codes, found
+
+
+def _distinct_rows(table: pa.Table, names: list[str]) -> tuple[Ints, list[dict[str, Any]]]:
+    json_text = [name for name in names if is_json_text(table.schema.field(name))]
+    return distinct({name: one_chunk(table.column(name)) for name in names}, table.num_rows, json_text)
 
 
 def _distinct_bodies(own: list[dict[str, Any]]) -> tuple[Ints, list[dict[str, Any]]]:
@@ -304,7 +310,7 @@ def _distinct_bodies(own: list[dict[str, Any]]) -> tuple[Ints, list[dict[str, An
 def _placements(table: pa.Table, spec: RenderSpec, problems: _Problems) -> _Coded:
     if PLACEMENT_COLUMN not in table.column_names:
         return _Coded(np.zeros(table.num_rows, np.int64), [combine(spec.placement, None)])
-    codes, rows = distinct({PLACEMENT_COLUMN: one_chunk(table.column(PLACEMENT_COLUMN))}, table.num_rows)
+    codes, rows = _distinct_rows(table, [PLACEMENT_COLUMN])
     values: list[str | None] = []
     for code, row in enumerate(rows):
         constraint = row[PLACEMENT_COLUMN]

@@ -34,7 +34,7 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def readable_text(column: pa.Array) -> tuple[pa.Array, list[int]]:
-    """A text, binary or dictionary column as plain text, and the rows whose bytes are not UTF-8 (null in the result)."""
+    """A text, binary or dictionary column as plain text, and the rows that are not UTF-8 (null in the result)."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -23,7 +23,7 @@ DEFAULT_MAX_TOKENS = 128
 """Output tokens where neither job nor row says: an answer without a limit could not be priced."""
 
 
-class BadSampling(ValueError):
+class BadSampling(ValueError):  # noqa: N818 - named for what it says
     """A sampling value of a wrong type or range; ``key`` is which one. The text never holds the value."""
 
     def __init__(self, key: str, expected: str) -> None:
@@ -152,12 +152,19 @@ def row_keys(job: Mapping[str, Any], columns: list[str]) -> list[str]:
     return [name for name in columns if name in names]
 
 
-def distinct(columns: Mapping[str, pa.Array], rows: int) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
-    """Code of each row and the distinct rows of sampling columns that the codes number; shape (rows,)."""
+def distinct(
+    columns: Mapping[str, pa.Array], rows: int, json_text: Collection[str] = ()
+) -> tuple[npt.NDArray[np.int64], list[dict[str, Any]]]:
+    """Code of each row and the distinct rows of sampling columns that the codes number; shape (rows,).
+
+    The columns named in ``json_text`` hold each value as its JSON text.
+    """
     codes = np.zeros(rows, np.int64)
     combinations: list[dict[str, Any]] = [{}]
     for name, column in columns.items():
         encoded, values = _encode(column)
+        if name in json_text:
+            values = [parse_json(value) if isinstance(value, str) else value for value in values]
         index = pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False) + 1
         choices = [None, *values]
         used, codes = np.unique(codes * len(choices) + index, return_inverse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from bidbeam.transforms.chat import json_text, messages_text, user_frame
-from bidbeam.transforms.prompts import one_chunk, read_prompts
+from bidbeam.transforms.prompts import Prompts, one_chunk, read_prompts
 
 if TYPE_CHECKING:
     from bidbeam.transforms.rendering import RenderSpec
@@ -19,24 +19,19 @@ def messages_json(rows: pa.Table, spec: RenderSpec) -> pa.Array:
 
     ``rows`` are good rows: the input's columns first, then those of RENDERED (a name may stand in both).
     """
-    prompts = read_prompts(_source(rows), spec.prompt) if spec.prompt.template is None else None
-    if prompts is not None and prompts.chats is not None:
-        texts = [None if chat is None else messages_text(chat) for chat in prompts.chats]
-        return pa.array(texts, pa.large_string())
-    if spec.prompt.format == "raw":
-        return pa.nulls(rows.num_rows, pa.large_string())
-    texts = _made(rows) if prompts is None else prompts.texts
-    head, tail = user_frame(spec.prompt.system)
-    return pa.array(
-        [None if text is None else f"{head}{json_text(text)}{tail}" for text in texts.to_pylist()], pa.large_string()
-    )
+    prompts = _prompts(rows, spec)
+    made: list[str | None] = [None] * rows.num_rows
+    if prompts.texts is not None and prompts.raw is False:
+        head, tail = user_frame(spec.prompt.system)
+        made = [None if text is None else f"{head}{json_text(text)}{tail}" for text in prompts.texts.to_pylist()]
+    if prompts.chats is not None:
+        made = [text if chat is None else messages_text(chat) for text, chat in zip(made, prompts.chats, strict=True)]
+    return pa.array(made, pa.large_string())
 
 
 def prompt_text(rows: pa.Table, spec: RenderSpec) -> pa.Array:
     """Raw prompts as they are, type large_string; null where the request is a chat. ``rows`` as for messages_json."""
-    if spec.prompt.template is not None:
-        return _made(rows) if spec.prompt.format == "raw" else pa.nulls(rows.num_rows, pa.large_string())
-    prompts = read_prompts(_source(rows), spec.prompt)
+    prompts = _prompts(rows, spec)
     if prompts.texts is None or prompts.raw is False:
         return pa.nulls(rows.num_rows, pa.large_string())
     return prompts.texts.cast(pa.large_string())
@@ -63,7 +58,9 @@ def _source(rows: pa.Table) -> pa.Table:
     return rows.select(sorted(first.values()))
 
 
-def _made(rows: pa.Table) -> pa.Array:
-    """The texts that the template made: the last column of that name is RENDERED's."""
-    places = [i for i, name in enumerate(rows.column_names) if name in ("text", "bidbeam:text")]
-    return one_chunk(rows.column(places[-1]))
+def _prompts(rows: pa.Table, spec: RenderSpec) -> Prompts:
+    if spec.prompt.template is None:
+        return read_prompts(_source(rows), spec.prompt)
+    # What the template made is not made again: the last column of that name is RENDERED's.
+    place = max(i for i, name in enumerate(rows.column_names) if name == "text")
+    return Prompts(one_chunk(rows.column(place)), raw=spec.prompt.format == "raw")

@@ -78,7 +78,10 @@ def pool_counts(rows: pa.Table) -> list[PoolCount]:
     plain = pa.table(
         {
             "pool": rows.column("pool").cast(pa.string()),
-            "served": pc.equal(rows.column("status").cast(pa.string()), "ok").cast(pa.int64()),
+            # Overhead has a status too, but no request.
+            "served": pc.and_(pc.equal(rows.column("status").cast(pa.string()), "ok"), pc.is_valid(rows.column("tag"))).cast(
+                pa.int64()
+            ),
             **{name: rows.column(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "cost")},
         }
     )

@@ -62,6 +62,7 @@ class LotRequests:
     lot_id: str
     requests: pa.RecordBatch
     info: pa.RecordBatch
+    ideal_cached_tokens: int
 
 
 class Door:
@@ -100,12 +101,11 @@ class Door:
             columns["messages"] = messages_json(full, context.render)
         if "prompt" in wants and full is not None:
             columns["prompt"] = prompt_text(full, context.render)
+        block = context.models[str(lot["model"])].cache_block
+        lengths = columns["input_tokens"].to_numpy().astype(np.int64)
+        reusable = cacheable_tokens(shared_with_previous(order, places), lengths, block)
         if ideal:
-            block = context.models[str(lot["model"])].cache_block
-            lengths = columns["input_tokens"].to_numpy().astype(np.int64)
-            columns["ideal_cached_tokens"] = pa.array(
-                cacheable_tokens(shared_with_previous(order, places), lengths, block).astype(np.int32)
-            )
+            columns["ideal_cached_tokens"] = pa.array(reusable.astype(np.int32))
         requests = pa.RecordBatch.from_arrays(
             [a.cast(REQUEST_FIELDS[k]) if k in REQUEST_FIELDS and a.type != REQUEST_FIELDS[k] else a for k, a in columns.items()],
             names=list(columns),
@@ -127,7 +127,7 @@ class Door:
                 "n": _array(spilled, "n").cast(pa.int16()),
             }
         )
-        return LotRequests(str(lot["lot_id"]), requests, info)
+        return LotRequests(str(lot["lot_id"]), requests, info, int(reusable.sum()))
 
     def _range(self, range_: int, wants: frozenset[str]) -> tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]:
         key = (range_, wants)

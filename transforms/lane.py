@@ -92,6 +92,7 @@ class Lane:
                     if self._opened is None:
                         continue
                     self.lots[self._opened.lot_id] = lot
+                    self.ideal_cached_tokens += self._opened.ideal_cached_tokens
                 part = self._opened.requests.slice(self._at, room)
                 if self.meter is not None and self.engine.in_flight == 0:
                     self.meter().busy()

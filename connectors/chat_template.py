@@ -62,11 +62,11 @@ class ChatTemplate:
         self._literals = sorted({c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str) and c.value})
         self._frames: dict[str | None, Frame | None] = {}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a chat, ready for the answer. Raises BadChat where the template refuses the messages."""
         try:
             return self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
             )
         except Exception as error:  # a template can raise anything that an expression can
             said = str(error)

@@ -83,7 +83,8 @@ def test_a_directory_is_used_where_it_is(tmp_path: Path) -> None:
     [
         ("no/such/dir", "not there"), ("empty", r"config\.json"), ("half", r"tokenizer\.json"),
         ("gguf", r"weights\.gguf"), ("package:bidbeam-has-no-such-package", "pip install"),
-        ("file:///no/such/dir", "neither"), ("memory://no-such-model", "nothing"), ("nosuchprotocol://x/y", "cannot be read|package"),
+        ("file:///no/such/dir", "neither"),
+        ("memory://no-such-model", "nothing"), ("nosuchprotocol://x/y", "cannot be read|package"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named(tmp_path: Path, source: str, says: str) -> None:

@@ -273,6 +273,14 @@ def test_openai_batch_lines_bring_everything_themselves() -> None:
     assert prompt_text(good, job).to_pylist() == [None, "raw text"]
 
 
+def test_tools_need_a_model_that_the_endpoint_tokenizes(tools: ModelTools) -> None:
+    """A batch line with tools goes to a remote model as it is, and is refused where its prompt is tokenized here."""
+    body = '{"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}'
+    table = pa.table({"custom_id": ["a"], "method": ["POST"], "url": ["/v1"], "body": [body]})
+    assert json.loads(rendered(table)[0]["sampling"])["tools"] == [{"type": "function"}]
+    assert "tools" in rendered(table, models={"small": tools})[0]["message"]
+
+
 def test_texts_and_messages_may_share_a_jsonl_column() -> None:
     """A column that holds each value as its JSON text gives texts and chats, by what each row has."""
     values = ['"plain"', '[{"role": "user", "content": "hi"}]', "17", None, '""']

@@ -161,6 +161,7 @@ def render(
         problems.add(row, message)
     ids = _request_ids(table, spec.prompt, file, row_start, problems)
     model = _models(table, spec, prompts.models, models, problems)
+    _find_tools(prompts.samplings, model, models, problems)
     sampling_codes, samplings = _samplings(table, spec, prompts.samplings, problems)
     placement = _placements(table, spec, problems)
     tenant = _tenants(table, spec.prompt, problems)
@@ -287,6 +288,17 @@ def _samplings(
             place = name if problem.key in row else f"sampling.{problem.key}"
             problems.add_all(np.flatnonzero(codes == code), f"{place} is not {problem.expected}")
     return codes, found
+
+
+def _find_tools(
+    own: list[dict[str, Any]] | None, model: _Coded, models: Mapping[str, ModelTools | None], problems: _Problems
+) -> None:
+    """Tools would stand in the prompt of a model that we tokenize for; to leave them out silently would be wrong."""
+    for row, given in enumerate(own or []):
+        if given.get("tools") and models.get(model.values[model.codes[row]] or "") is not None:
+            problems.add(
+                row, "column 'body': tools are only for models without a tokenizer (no source in the pools file)"
+            )
 
 
 def _distinct_rows(table: pa.Table, names: list[str]) -> tuple[Ints, list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from s3_server import S3Server, s3
 from small_ledger import DAY_A, DAY_B, A, B, C, charge, prices, run_row, table_of, write_run, write_small_ledger
 
 from bidbeam.connectors import ledger_writer
@@ -24,6 +25,8 @@ from bidbeam.connectors.ledger_reader import open_ledger, query_ledger
 from bidbeam.connectors.ledger_writer import ensure_ledger, write_manifest, write_part
 from bidbeam.connectors.schemas import CHARGES, LABEL, TABLES
 from bidbeam.connectors.store import Store
+
+__all__ = ["s3"]
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -364,6 +367,16 @@ def test_rehearsals_are_another_ledger(ledger: Store) -> None:
     assert query_ledger(ledger.url, "SELECT run_id FROM runs").column(0).to_pylist() == ["real"]
     rehearsed = query_ledger(ledger.url, "SELECT run_id FROM runs ORDER BY 1", rehearsals=True)
     assert rehearsed.column(0).to_pylist() == [A, B, C]
+
+
+def test_a_ledger_on_s3_is_written_and_read(s3: S3Server) -> None:
+    """With the job's storage options and nothing else, what was written to S3 is answered in SQL."""
+    url = f"s3://{s3.bucket()}/team/ledger"
+    write_small_ledger(Store.at(url, s3.options))
+    answer = query_ledger(url, "SELECT sum(cost) AS cost FROM cost_per_request", storage=s3.options)
+    # Two runs' requests; the idle half second is no request's.
+    assert answer.to_pylist() == [{"cost": Decimal("0.0002875207697775")}]
+    assert query_ledger(url, "SELECT count(*) AS n FROM runs", storage=s3.options).to_pylist() == [{"n": 3}]
 
 
 def test_a_path_with_pattern_characters_and_quotes_is_read(tmp_path: Path) -> None:

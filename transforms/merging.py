@@ -90,7 +90,7 @@ def order_rows(
     content = column["content"].take(take)
     greedy = column["greedy"].take(take).to_numpy(zero_copy_only=False)
     keys, leader = _occurrences(content, groups, greedy, dead)
-    shared = _shared_tokens(column["key"].take(take), column["key_width"].take(take), groups)
+    shared = _shared_tokens(column["key"], order, column["key_width"].take(take), groups)
     n_dead = int(dead.sum())
     reason = pa.DictionaryArray.from_arrays(
         pa.array(np.zeros(len(order), np.int32), mask=~dead), pa.array(["invalid"] if n_dead else [], pa.string())
@@ -171,8 +171,10 @@ def _occurrences(
     return keys, leader
 
 
-def _shared_tokens(keys: pa.Array, widths: pa.Array, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    shared = common_prefix_bytes(keys)
+def _shared_tokens(
+    keys: pa.Array, order: npt.NDArray[np.int64], widths: pa.Array, groups: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    shared = common_prefix_bytes(keys, order)
     width = widths.to_numpy().astype(np.int64)
     # A width of one marks text: its tokens are estimates.
     shared //= np.where(width == 1, BYTES_PER_TOKEN, width)

@@ -44,7 +44,7 @@ MESSAGE_OF_REASON: Mapping[str, str] = {
     "failed": "every attempt failed",
 }
 
-_CODEC = "zstd"
+_CODEC = "snappy"
 _NO_ATTEMPTS = np.zeros(0, np.int64)
 
 
@@ -138,8 +138,8 @@ def publish_range(
     """
     order = read_order(context, range_)
     layout = layout_of(context)
-    rows = read_range(context, spills, range_)
     at = piece_starts(spills, range_)[order.column("piece").to_numpy()] + order.column("index").to_numpy()
+    rows = read_range(context, spills, range_).take(pa.array(at))
     attempts = _attempts(context, segments, range_, history)
     book = _Book.of(order, attempts)
     reasons, messages = _reasons(order, attempts, book, range_, unserved)
@@ -158,10 +158,10 @@ def publish_range(
     outputs: tuple[OutputFile, ...] = ()
     letters: tuple[OutputFile, ...] = ()
     if len(served):
-        table = _outputs(context, layout, rows.take(pa.array(at[served])), found, book, served)
+        table = _outputs(context, layout, _rows(rows, served), found, book, served)
         outputs = (_write(context, f"outputs/{name}", table),)
     if len(dead):
-        lost = rows.take(pa.array(at[dead]))
+        lost = _rows(rows, dead)
         extra = {
             "request_id": lost.column(layout.index("request_id")),
             "reason": reasons.take(pa.array(dead)),
@@ -169,7 +169,7 @@ def publish_range(
             "attempts": pa.array(book.attempts[dead].astype(np.int32)),
         }
         letters = (_write(context, f"dead_letters/{name}", _with_input(layout, lost, extra, DEAD_LETTER_COLUMNS)),)
-    requests = _requests(context, layout, rows.take(pa.array(at)), order, attempts, book, reasons)
+    requests = _requests(context, layout, rows, order, attempts, book, reasons)
     part = write_part(
         context.ledger, "requests", context.run_date, context.run_id, f"{context.part_prefix}r{range_:05d}", requests
     )
@@ -368,6 +368,10 @@ def _as_requests(columns: Mapping[str, pa.Array], n: int) -> pa.Table:
     )
 
 
+def _rows(rows: pa.Table, chosen: npt.NDArray[np.int64]) -> pa.Table:
+    return rows if len(chosen) == rows.num_rows else rows.take(pa.array(chosen))
+
+
 def _counts(reasons: pa.Array, dead: npt.NDArray[np.int64]) -> dict[str, int]:
     if not len(dead):
         return {}
@@ -387,7 +391,7 @@ def _write(context: RunContext, path: str, table: pa.Table) -> OutputFile:
     plain = [f.name for f in table.schema if not _repeats(f.type)]
     dictionary = [f.name for f in table.schema if f.name not in plain or f.name in {"finish_reason", "model", "pool", "reason"}]
     with context.run_dir.scratch_file() as scratch:
-        pq.write_table(table, scratch, compression=_CODEC, compression_level=1, use_dictionary=dictionary, write_statistics=dictionary)
+        pq.write_table(table, scratch, compression=_CODEC, use_dictionary=dictionary, write_statistics=dictionary)
         with Path(scratch).open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
         size = Path(scratch).stat().st_size

@@ -156,14 +156,21 @@ def choose_bounds(samples: Sequence[Bound], ranges: int) -> list[Bound]:
     return sorted(set(picked))
 
 
-def _cut(bounds: Sequence[Bound], names: Sequence[str], groups: npt.NDArray[np.int64], keys: pa.Array) -> list[int]:
-    """Where each bound falls in rows sorted by (group, key): the first row that is not before it."""
-    binary = keys.cast(pa.large_binary()) if len(keys) else keys
+def _cut(
+    bounds: Sequence[Bound],
+    names: Sequence[str],
+    groups: npt.NDArray[np.int64],
+    keys: pa.Array,
+    order: npt.NDArray[np.int64],
+) -> list[int]:
+    """Where each bound falls among the rows in this order: the first one that is not before it."""
+    binary = keys.cast(pa.large_binary()) if pa.types.is_large_string(keys.type) else keys.cast(pa.binary())
 
     def place(i: int) -> Bound:
-        return names[int(groups[i])], binary[i].as_py()
+        row = int(order[i])
+        return names[int(groups[row])], binary[row].as_py()
 
-    return [bisect.bisect_left(range(len(keys)), bound, key=place) for bound in bounds]
+    return [bisect.bisect_left(range(len(order)), bound, key=place) for bound in bounds]
 
 
 def spill_split(
@@ -190,7 +197,7 @@ def spill_split(
     keys = live.column("key")
     groups, names = group_codes(live.column("model"), live.column("placement"), live.column("tenant"))
     order = sorted_order(keys, groups)
-    cuts = [0, *_cut(bounds, names, groups[order], keys.take(pa.array(order)) if bounds else keys), len(order)]
+    cuts = [0, *_cut(bounds, names, groups, keys, order), len(order)]
     cuts += [len(order)] * (context.ranges + 1 - len(cuts))
 
     chosen = order if everything_good else good[order]

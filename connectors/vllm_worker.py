@@ -371,6 +371,9 @@ def _read_channel(channel: Connection, inbox: queue.SimpleQueue[bytes | None]) -
 
 def main(argv: Sequence[str]) -> None:
     """Loads the engine the parent describes and serves it until told to stop."""
+    for fd in map(int, argv):
+        # What vLLM starts must not hold our end open once we are gone.
+        os.set_inheritable(fd, False)
     channel = Connection(int(argv[0]))
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_watch_lifeline, args=(int(argv[1]),), daemon=True).start()

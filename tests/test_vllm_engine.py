@@ -176,6 +176,13 @@ def test_a_fixed_cache_size_replaces_our_default() -> None:
     assert "kv_cache_memory_bytes" not in VllmConfig.of("own", "m", {}, cpu=False).engine_args
 
 
+def test_without_vllm_the_message_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vLLM is not installed, starting an engine says which extra to install and starts nothing."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"bidbeam\[vllm\].*bidbeam\[cpu\]"):
+        VllmEngine(VllmConfig.of("own", "m", {}))
+
+
 def test_what_is_cancelled_before_loading_comes_back_unpaid() -> None:
     """Requests given up before the engine is loaded come back as cancelled, with no tokens, at once."""
     engine = VllmEngine(VllmConfig.of("own", tiny_model(), ENGINE))

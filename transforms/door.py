@@ -152,7 +152,8 @@ class Door:
         """Input columns under their own names, ours behind them, as rendering reads them."""
         inputs = self._layout.input_table(spilled)
         ours = spilled.select(range(len(self._context.input_schema), spilled.num_columns))
-        return pa.Table.from_arrays([*inputs.columns, *ours.columns], names=[*inputs.column_names, *ours.column_names])
+        # The input's fields say which of its texts are JSON.
+        return pa.Table.from_arrays([*inputs.columns, *ours.columns], schema=pa.schema([*inputs.schema, *ours.schema]))
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bidbeam.connectors.inputs import Split, read_split
+from bidbeam.connectors.inputs import Split, is_json_text, read_split
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.connectors.store import Store
 from bidbeam.connectors.tokenizer import ModelTools
@@ -56,6 +56,8 @@ def key_column(spec: RenderSpec, models: Mapping[str, str | None], schema: pa.Sc
     if index < 0:
         return None
     type_ = schema.field(index).type
+    if is_json_text(schema.field(index)):
+        return None
     return index if pa.types.is_string(type_) or pa.types.is_large_string(type_) else None
 
 

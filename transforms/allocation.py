@@ -2,8 +2,9 @@
 
 In the letters of ``market``: for any prices m >= 0 on the pools' seconds, the least of ``c - s + m a`` over all
 assignments, which a chain of minima finds exactly, less ``m K``, is a lower bound: the linear program's dual, with the
-savings of neighbours exact. The prices come from the linear program over *classes* of lots alike, then from one over
-the lots that waver between pools.
+savings of neighbours exact. The prices come from the linear program over *classes* of lots alike. The assignment is
+the best of three, improved by local search: the classes' shares dealt out in order, the linear program over
+single lots rounded, and plain greedy.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from bidbeam.transforms.linear_program import least_makespan, transport
 from bidbeam.transforms.local_search import improve
 from bidbeam.transforms.market import UNSERVED, Bools, Floats, Ints, Market, best_chain, greedy
 
-_CLASS_VARIABLES = 12_000
-_CORE_VARIABLES = 60_000
-_CHOICES = 4
-_CORE_PASSES = 3
+_CLASS_VARIABLES = 24_000
+_LOT_PAIRS = 40_000
+_LEAST_CHOICES, _MOST_CHOICES = 3, 8
 _GOOD_ENOUGH = 1e-4
 
 
@@ -32,25 +32,20 @@ def allocate(market: Market) -> Ints:
     if np.all(market.load(free) <= market.room):
         return free
     prices, shares = class_prices(market)
-    tried = [greedy(market), _fill(market, prices, shares, _classes(market))]
-    core = core_prices(market, prices)
-    if core is not None:
-        tried.append(_fill_rest(market, core[0], core[1]))
-    tried = [improve(market, pool_of) for pool_of in tried]
-    return min(tried, key=market.regarded)
+    tried = [
+        greedy(market),
+        _fill(market, prices, shares, _classes(market)),
+        _fill_rest(market, prices, dealt_singly(market, prices)),
+    ]
+    return _fill_rest(market, prices, improve(market, min(tried, key=market.regarded)))
 
 
 def lower_bound(market: Market, pool_of: Ints) -> float:
     """No assignment of the same lots within the same room costs less than this. ``pool_of`` serves all of them."""
-    prices = np.zeros(len(market.room))
-    bound = _dual_value(market, prices)
     value = market.value(pool_of)
+    bound = _dual_value(market, np.zeros(len(market.room)))
     if value - bound > _GOOD_ENOUGH * abs(value) and np.isfinite(market.room).any():
-        prices, _ = class_prices(market)
-        bound = max(bound, _dual_value(market, prices))
-        if value - bound > _GOOD_ENOUGH * abs(value):
-            core = core_prices(market, prices)
-            bound = bound if core is None else max(bound, _dual_value(market, core[0]))
+        bound = max(bound, _dual_value(market, class_prices(market)[0]))
     return min(bound, value)
 
 
@@ -127,43 +122,24 @@ def class_prices(market: Market) -> tuple[Floats, Floats]:
     return prices, spread
 
 
-def core_prices(market: Market, prices: Floats) -> tuple[Floats, Ints] | None:
-    """Better prices, and the pool of each lot that does not waver (else UNSERVED): the linear program over single lots,
-    each with the few pools that are best for it at the given prices. None where no lot wavers."""
+def dealt_singly(market: Market, prices: Floats) -> Ints:
+    """The pool of each lot that the linear program over single lots gives wholly to one pool, else UNSERVED (lots,).
+
+    Only the pools take part that are best for a lot at the given prices, so that it stays small.
+    """
     warm = market.cost - market.saving
-    choices = min(_CHOICES, warm.shape[1])
-    if choices < 2:
-        return None
-    for _ in range(_CORE_PASSES):
-        priced = warm + market.seconds * prices
-        best = np.argpartition(priced, choices - 1, axis=1)[:, :choices]
-        value = np.take_along_axis(priced, best, axis=1)
-        order = np.argsort(value, axis=1, kind="stable")
-        best, value = np.take_along_axis(best, order, axis=1), np.take_along_axis(value, order, axis=1)
-        open_lots = np.flatnonzero(np.isfinite(value[:, 0]))
-        gap = (value[open_lots, 1] - value[open_lots, 0]) / market.size[open_lots]
-        most = _CORE_VARIABLES // choices
-        wavering = np.sort(open_lots[np.argsort(gap, kind="stable")[:most]])
-        sure = np.setdiff1d(open_lots, wavering, assume_unique=True)
-        pool_of = np.full(len(warm), UNSERVED, dtype=np.int64)
-        pool_of[sure] = best[sure, 0]
-        room = market.room - market.load(pool_of)
-        rows, at = np.nonzero(np.isfinite(value[wavering]))
-        lots, pools = wavering[rows], best[wavering[rows], at]
-        shares, found = transport(
-            rows,
-            pools,
-            warm[lots, pools],
-            market.seconds[lots, pools],
-            market.unserved_cost[wavering],
-            np.maximum(room, 0.0),
-        )
-        whole = shares > 1 - 1e-6
-        pool_of[lots[whole]] = pools[whole]
-        if np.allclose(found, prices, rtol=1e-6):
-            break
-        prices = found
-    return prices, pool_of
+    pool_of = np.full(len(warm), UNSERVED, dtype=np.int64)
+    choices = min(warm.shape[1], max(_LOT_PAIRS // max(len(warm), 1), _LEAST_CHOICES), _MOST_CHOICES)
+    priced = warm + market.seconds * prices
+    best = np.argpartition(priced, choices - 1, axis=1)[:, :choices]
+    lots, at = np.nonzero(np.isfinite(np.take_along_axis(priced, best, axis=1)))
+    pools = best[lots, at]
+    shares, _ = transport(
+        lots, pools, warm[lots, pools], market.seconds[lots, pools], market.unserved_cost, market.room
+    )
+    whole = shares > 1 - 1e-6
+    pool_of[lots[whole]] = pools[whole]
+    return pool_of
 
 
 def _fill(market: Market, prices: Floats, shares: Floats, classes: Ints) -> Ints:

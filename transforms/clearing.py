@@ -23,7 +23,7 @@ from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.schemas import AUCTIONS, AWARDS
 from bidbeam.transforms.allocation import allocate, lower_bound, shortest_horizon
 from bidbeam.transforms.bidding import BidMatrix, finish_times
-from bidbeam.transforms.market import UNSERVED, Floats, Ints, Market, unserved_cost
+from bidbeam.transforms.market import UNSERVED, Ints, Market, unserved_cost
 
 DEFAULT_SLACK = 1.25
 
@@ -154,11 +154,13 @@ def clear(
     pool_of = allocate(market)
     if soft:
         pool_of = _finish_first(market, pool_of)
+        # From here on the horizon is as long as it came to be.
+        market = market.within(np.maximum(market.room, market.load(pool_of)))
     unserved = dict.fromkeys(np.flatnonzero(pool_of < 0), "capacity" if bids.deadline is None else "deadline")
     for lot in np.flatnonzero(~bids.eligible.any(axis=1)):
         unserved[lot] = bids.unserved_reason(int(lot)) or "no_eligible_pool"
     worst = _WorstCases(bids)
-    if budget is not None and sum(map(worst, *_pairs(pool_of)), Decimal(0)) > budget:
+    if budget is not None and np.any(pool_of >= 0) and sum(map(worst, *_pairs(pool_of)), Decimal(0)) > budget:
         affordable = _within_budget(market, bids, pool_of, worst, budget)
         unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (affordable < 0)), "budget"))
         pool_of = affordable
@@ -167,7 +169,7 @@ def clear(
     committed = sum((cost for cost in reserved if cost is not None), Decimal(0))
     runner_up = _runners_up(bids, pool_of)
     fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
-    objective, bound, regret = _regret(market, bids, pool_of, soft)
+    objective, bound, regret = _regret(market, bids, pool_of)
     names = bids.lots.lot_id
     return Clearing(
         bids=bids,
@@ -326,17 +328,14 @@ def _chosen(bids: BidMatrix, pool_of: Ints, what: str) -> list[Decimal | None]:
     return values
 
 
-def _regret(
-    market: Market, bids: BidMatrix, pool_of: Ints, soft: bool
-) -> tuple[Decimal, Decimal | None, Decimal | None]:
+def _regret(market: Market, bids: BidMatrix, pool_of: Ints) -> tuple[Decimal, Decimal | None, Decimal | None]:
     """The awarded lots' total score, a lower bound for it within the same room, and how far above that it is."""
     awarded = np.flatnonzero(pool_of >= 0)
     scores = [score for score in _chosen(bids, pool_of, "score") if score is not None]
     objective = sum(scores, Decimal(0))
     if len(awarded) == 0:
         return objective, None, None
-    room: Floats = np.maximum(market.room, market.load(pool_of)) if soft else market.room
-    bound = Decimal(lower_bound(market.within(room).only(awarded), pool_of[awarded]))
+    bound = Decimal(lower_bound(market.only(awarded), pool_of[awarded]))
     # The float's rounding must not lift the bound over what is exact.
     bound = min(bound.quantize(Decimal("1e-18")), objective)
     if bound <= 0:

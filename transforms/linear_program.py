@@ -12,38 +12,46 @@ from bidbeam.transforms.market import Floats, Ints
 
 
 def transport(
-    rows: Ints, columns: Ints, cost: Floats, seconds: Floats, unserved: Floats, room: Floats
+    rows: Ints,
+    columns: Ints,
+    cost: Floats,
+    seconds: Floats,
+    unserved: Floats,
+    room: Floats,
 ) -> tuple[Floats, Floats]:
     """The transportation program over the given (row, pool) pairs: the share of its row that each pair gets, and the
-    price of a second on each pool. A row may stay unserved at its cost."""
+    price of a second on each pool.
+
+    A row may stay unserved at its cost.
+    """
     bounded = np.flatnonzero(np.isfinite(room))
     count, pairs = len(unserved), len(rows)
-    usable = ~np.isfinite(room[columns]) | (room[columns] > 0)
     unit = float(np.mean(np.abs(cost))) if pairs else 0.0
     unit = unit or 1.0
-    each = np.concatenate([rows, np.arange(count)])
-    fill = csr_array((np.ones(pairs + count), (each, np.arange(pairs + count))), shape=(count, pairs + count))
+    at = np.arange(pairs + count)
+    fill = csr_array(
+        (np.ones(pairs + count), (np.concatenate([rows, np.arange(count)]), at)), shape=(count, pairs + count)
+    )
     # Each pool's row is scaled to 1, so that the solver's tolerance means the same for all.
-    per_pool = np.where(room > 0, room, 1.0)
+    scale = np.where(room > 0, room, 1.0)
     pool_row = np.full(len(room), -1)
     pool_row[bounded] = np.arange(len(bounded))
     held = np.flatnonzero(pool_row[columns] >= 0)
     use = csr_array(
-        (seconds[held] / per_pool[columns[held]], (pool_row[columns[held]], held)), shape=(len(bounded), pairs + count)
+        (seconds[held] / scale[columns[held]], (pool_row[columns[held]], held)), shape=(len(bounded), pairs + count)
     )
     solved = linprog(
         np.concatenate([cost, unserved]) / unit,
         A_ub=use if len(bounded) else None,
-        b_ub=np.ones(len(bounded)) if len(bounded) else None,
+        b_ub=(room[bounded] / scale[bounded]) if len(bounded) else None,
         A_eq=fill,
         b_eq=np.ones(count),
-        bounds=np.column_stack([np.zeros(pairs + count), np.concatenate([usable.astype(float), np.ones(count)])]),
         method="highs",
     )
     _check(solved)
     prices = np.zeros(len(room))
     if len(bounded):
-        prices[bounded] = np.maximum(-solved.ineqlin.marginals, 0.0) * unit / per_pool[bounded]
+        prices[bounded] = np.maximum(-solved.ineqlin.marginals, 0.0) * unit / scale[bounded]
     return np.asarray(solved.x[:pairs]), prices
 
 

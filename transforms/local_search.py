@@ -1,4 +1,5 @@
-"""Small changes that make an allocation better: moving one lot, or one lot into the room that another gives up."""
+"""Small changes that make an allocation better: moving one lot, exchanging two, or moving one into the room that
+another gives up."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import numpy as np
 
 from bidbeam.transforms.market import Bools, Floats, Ints, Market
 
-_PASSES = 6
+_PASSES = 8
 _TRADES = 300
+_SWAPPED = 600
+_SWAPS = 5_000
 _ENOUGH = 1e-12
 
 
@@ -15,7 +18,7 @@ def improve(market: Market, pool_of: Ints) -> Ints:
     """An assignment that costs no more and serves no lot less, within the same room. Deterministic."""
     pool_of = pool_of.copy()
     for _ in range(_PASSES):
-        if not _move(market, pool_of) + _trade(market, pool_of):
+        if not _move(market, pool_of) + _swap(market, pool_of) + _trade(market, pool_of):
             break
     return pool_of
 
@@ -55,6 +58,42 @@ def _move(market: Market, pool_of: Ints) -> int:
         touched[lot + 1] = True
         moved += 1
     return moved
+
+
+def _swap(market: Market, pool_of: Ints) -> int:
+    """Exchanges the pools of two lots where that costs less, the best first; among the lots that wish most to move."""
+    gains = _gains(market, pool_of)
+    served = np.flatnonzero(pool_of >= 0)
+    if len(served) < 2:
+        return 0
+    wish = gains[served].min(axis=1)
+    lots = np.sort(served[np.argsort(wish, kind="stable")[:_SWAPPED]])
+    here = pool_of[lots]
+    left = market.room - market.load(pool_of)
+    change = gains[np.ix_(lots, here)]
+    change = change + change.T
+    need = market.seconds[np.ix_(lots, here)] - market.seconds[lots, here][None, :]
+    fits = need <= left[here][None, :]
+    change[~(fits & fits.T) | (np.abs(lots[:, None] - lots[None, :]) <= 1)] = np.inf
+    change[np.tril_indices(len(lots))] = np.inf
+    floor = -_ENOUGH * market.regarded(pool_of)
+    ones, others = np.nonzero(change < floor)
+    swapped, touched = 0, np.zeros(len(pool_of) + 2, dtype=np.bool_)
+    for at in np.argsort(change[ones, others], kind="stable")[:_SWAPS]:
+        one, other = int(lots[ones[at]]), int(lots[others[at]])
+        if touched[one : one + 3].any() or touched[other : other + 3].any():
+            continue
+        p, q = int(pool_of[one]), int(pool_of[other])
+        into_p = market.seconds[other, p] - market.seconds[one, p]
+        into_q = market.seconds[one, q] - market.seconds[other, q]
+        if into_p > left[p] or into_q > left[q]:
+            continue
+        left[p] -= into_p
+        left[q] -= into_q
+        pool_of[one], pool_of[other] = q, p
+        touched[[one + 1, other + 1]] = True
+        swapped += 1
+    return swapped
 
 
 def _trade(market: Market, pool_of: Ints) -> int:

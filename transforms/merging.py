@@ -89,8 +89,10 @@ def order_rows(
     dead = _repeated(spills, range_, column["row"], repeated_ids)[order]
     content = column["content"].take(take)
     greedy = column["greedy"].take(take).to_numpy(zero_copy_only=False)
-    keys, leader = _occurrences(content, groups, greedy, dead)
-    shared = _shared_tokens(column["key"], order, column["key_width"].take(take), groups)
+    common = common_prefix_bytes(column["key"], order)
+    shared = _shared_tokens(common, column["key_width"].take(take), groups)
+    lengths = pc.binary_length(column["key"]).to_numpy().astype(np.int64)[order]
+    keys, leader = _occurrences(content, groups, greedy, dead, _has_equal_neighbours(common, lengths))
     n_dead = int(dead.sum())
     reason = pa.DictionaryArray.from_arrays(
         pa.array(np.zeros(len(order), np.int32), mask=~dead), pa.array(["invalid"] if n_dead else [], pa.string())
@@ -141,7 +143,11 @@ def _repeated(
 
 
 def _occurrences(
-    content: pa.Array, groups: npt.NDArray[np.int64], greedy: npt.NDArray[np.bool_], dead: npt.NDArray[np.bool_]
+    content: pa.Array,
+    groups: npt.NDArray[np.int64],
+    greedy: npt.NDArray[np.bool_],
+    dead: npt.NDArray[np.bool_],
+    may_repeat: bool,
 ) -> tuple[pa.Array, npt.NDArray[np.int64]]:
     """Content keys with the occurrence mixed in, and each place's leader.
 
@@ -149,6 +155,8 @@ def _occurrences(
     occurrence is a request of its own, under a key of its own. Shapes (n,).
     """
     n = len(content)
+    if not may_repeat:
+        return content, np.arange(n)
     halves = np.frombuffer(content.buffers()[1], "<u8", count=2 * n, offset=16 * content.offset).reshape(n, 2).copy()
     places = np.arange(n)
     # Dead places answer for nobody: they form groups that no live one joins.
@@ -171,13 +179,17 @@ def _occurrences(
     return keys, leader
 
 
+def _has_equal_neighbours(common: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> bool:
+    """Whether any two neighbours have the same key. Equal content means equal keys, and those stand together."""
+    return bool(((common[1:] == lengths[1:]) & (common[1:] == lengths[:-1])).any())
+
+
 def _shared_tokens(
-    keys: pa.Array, order: npt.NDArray[np.int64], widths: pa.Array, groups: npt.NDArray[np.int64]
+    common_bytes: npt.NDArray[np.int64], widths: pa.Array, groups: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    shared = common_prefix_bytes(keys, order)
     width = widths.to_numpy().astype(np.int64)
     # A width of one marks text: its tokens are estimates.
-    shared //= np.where(width == 1, BYTES_PER_TOKEN, width)
+    shared = common_bytes // np.where(width == 1, BYTES_PER_TOKEN, width)
     if len(groups):
         shared[1:][groups[1:] != groups[:-1]] = 0
     return shared

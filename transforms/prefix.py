@@ -9,6 +9,7 @@ import pyarrow as pa
 Int64s = npt.NDArray[np.int64]
 
 _WORD = 8
+_STRIDE = 32
 
 
 def _layout(keys: pa.Array) -> tuple[npt.NDArray[np.uint8], Int64s]:
@@ -26,8 +27,8 @@ def common_prefix_bytes(keys: pa.Array, order: Int64s | None = None) -> Int64s:
     """For each key the length in bytes of the prefix it shares with the key before it; 0 for the first. Shape (n,).
 
     ``order`` says which key stands at each place (all of them in their own order by default), so that keys need not
-    be moved to be compared. Keys are never null. Compares eight bytes of all still-equal neighbours at a time, so that
-    the work is the length of what is shared.
+    be moved to be compared. Keys are never null. Compares 32 bytes of all still-equal neighbours at a time, so that the
+    work is the length of what is shared.
     """
     n = len(keys)
     shared = np.zeros(n, np.int64)
@@ -40,45 +41,64 @@ def common_prefix_bytes(keys: pa.Array, order: Int64s | None = None) -> Int64s:
     most = np.minimum(lengths[1:], lengths[:-1])
     rows = np.flatnonzero(most > 0)
     left, right, most = starts[:-1][rows], starts[1:][rows], most[rows]
-    if len(data) >= _WORD:
-        # One eight-byte word at every offset; unaligned loads are as good as any here.
-        words = np.ndarray(shape=(len(data) - _WORD + 1,), dtype="<u8", buffer=data.data, strides=(1,))
-        at = 0
-        while len(rows):
-            whole = most >= at + _WORD
-            if not whole.all():
-                # Less than a word is left to compare: finished byte by byte.
-                _finish(data, shared, rows[~whole], left[~whole], right[~whole], most[~whole], at)
-                rows, left, right, most = rows[whole], left[whole], right[whole], most[whole]
-            difference = words[left + at] ^ words[right + at]
-            equal = difference == 0
-            if not equal.all():
-                unequal = difference[~equal]
-                # The lowest set bit lies in the first byte that differs.
-                lowest = unequal & (~unequal + np.uint64(1))
-                shared[rows[~equal] + 1] = at + np.log2(lowest.astype(np.float64)).astype(np.int64) // 8
-                rows, left, right, most = rows[equal], left[equal], right[equal], most[equal]
-            at += _WORD
-    else:
-        _finish(data, shared, rows, left, right, most, 0)
+    for width in (_STRIDE, _WORD):
+        # Words at every offset, ``width`` bytes of them a load; unaligned loads are as good as any here.
+        if len(data) < width:
+            continue
+        words = np.ndarray((len(data) - width + 1, width // _WORD), "<u8", data.data, strides=(1, _WORD))
+        rows, left, right, most = _compare(words, shared, rows, left, right, most)
+    _finish(data, shared, rows, left, right, most)
     return shared
 
 
+def _compare(
+    words: npt.NDArray[np.uint64], shared: Int64s, rows: Int64s, left: Int64s, right: Int64s, most: Int64s
+) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+    """Compares whole loads and adds what is equal to ``shared``.
+
+    Returns the pairs that are equal as far as whole loads reach: their rows, where each side goes on, and how many
+    bytes are left to compare.
+    """
+    width = words.shape[1] * _WORD
+    ended: list[tuple[Int64s, Int64s, Int64s, Int64s]] = []
+    while len(rows):
+        whole = most >= width
+        if not whole.all():
+            short = ~whole
+            ended.append((rows[short], left[short], right[short], most[short]))
+            rows, left, right, most = rows[whole], left[whole], right[whole], most[whole]
+        difference = words[left] ^ words[right]
+        different = difference.any(axis=1)
+        if different.any():
+            unlike = difference[different]
+            first = (unlike != 0).argmax(axis=1)
+            word = unlike[np.arange(len(unlike)), first]
+            # The lowest set bit lies in the first byte that differs.
+            lowest = word & (~word + np.uint64(1))
+            shared[rows[different] + 1] += first * _WORD + np.log2(lowest.astype(np.float64)).astype(np.int64) // 8
+            equal = ~different
+            rows, left, right, most = rows[equal], left[equal], right[equal], most[equal]
+        shared[rows + 1] += width
+        left, right, most = left + width, right + width, most - width
+    if not ended:
+        empty = np.zeros(0, np.int64)
+        return empty, empty, empty, empty
+    parts = [np.concatenate(column) for column in zip(*ended, strict=True)]
+    return parts[0], parts[1], parts[2], parts[3]
+
+
 def _finish(
-    data: npt.NDArray[np.uint8], shared: Int64s, rows: Int64s, left: Int64s, right: Int64s, most: Int64s, at: int
+    data: npt.NDArray[np.uint8], shared: Int64s, rows: Int64s, left: Int64s, right: Int64s, most: Int64s
 ) -> None:
-    """Compares the less than eight bytes that are left of each pair, and writes down what is shared in all."""
-    length = np.full(len(rows), at, np.int64)
-    going = np.ones(len(rows), bool)
-    for step in range(at, at + _WORD):
-        going &= most > step
-        if not going.any():
-            break
-        here = np.flatnonzero(going)
-        same = data[left[here] + step] == data[right[here] + step]
-        length[here[same]] += 1
-        going[here[~same]] = False
-    shared[rows + 1] = length
+    """Compares the few bytes that are left of each pair one by one."""
+    for step in range(_WORD):
+        going = most > step
+        rows, left, right, most = rows[going], left[going], right[going], most[going]
+        same = data[left + step] == data[right + step]
+        rows, left, right, most = rows[same], left[same], right[same], most[same]
+        if not len(rows):
+            return
+        shared[rows + 1] += 1
 
 
 def cacheable_tokens(shared_tokens: Int64s, input_tokens: Int64s, block: int | Int64s) -> Int64s:

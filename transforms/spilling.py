@@ -27,7 +27,7 @@ from bidbeam.transforms.run_context import RunContext
 Bound = tuple[str, bytes]
 """A place in the global order: (group, key)."""
 
-_SAMPLED_SPLITS = 8
+_SAMPLED_SPLITS = 4
 _SAMPLES_PER_RANGE = 128
 
 
@@ -144,7 +144,7 @@ def sampled_splits(splits: Sequence[Split], ranges: int) -> list[tuple[Split, in
     """Which splits are sampled for the bounds, evenly spread, and how many rows of each; none for a single range."""
     if ranges < 2 or not splits:
         return []
-    step = max(1, len(splits) // _SAMPLED_SPLITS)
+    step = max(1, -(-len(splits) // _SAMPLED_SPLITS))
     chosen = list(splits[::step])
     return [(split, -(-_SAMPLES_PER_RANGE * ranges // len(chosen))) for split in chosen]
 

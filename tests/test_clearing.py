@@ -233,7 +233,7 @@ def test_never_worse_than_greedy(lots: int, pools: int, seed: int, tightness: fl
     """The allocation serves as much as plain greedy does and costs no more; no lot waits where a pool has room; and
     the bound is below every assignment of the same lots."""
     market = _market(lots, pools, seed, tightness)
-    pool_of, plain = allocate(market), greedy(market)
+    pool_of, plain = allocate(market).pool_of, greedy(market)
     assert market.regarded(pool_of) <= market.regarded(plain) * (1 + 1e-12)
     load = market.load(pool_of)
     assert (load <= market.room * (1 + 1e-9)).all()

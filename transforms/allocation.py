@@ -10,6 +10,7 @@ single lots rounded, and plain greedy.
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,29 +24,42 @@ _LEAST_CHOICES, _MOST_CHOICES = 3, 8
 _GOOD_ENOUGH = 1e-4
 
 
-def allocate(market: Market) -> Ints:
-    """The pool of each lot, or UNSERVED where none has room for it; never worse than ``greedy``. Deterministic.
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocation:
+    """The pool of each lot (lots,), UNSERVED where none has room for it, and the prices of the pools' seconds that it
+    was found with (pools,)."""
+
+    pool_of: Ints
+    prices: Floats
+
+
+def allocate(market: Market) -> Allocation:
+    """Deals the lots out; never worse than ``greedy``. Deterministic.
 
     As many requests as possible come first, then cost. Whatever is left unserved fits into no eligible pool's room.
     """
     free, _ = best_chain(market.cost, market.saving)
     if np.all(market.load(free) <= market.room):
-        return free
+        return Allocation(free, np.zeros(len(market.room)))
     prices, shares = class_prices(market)
     tried = [
         greedy(market),
         _fill(market, prices, shares, _classes(market)),
         _fill_rest(market, prices, dealt_singly(market, prices)),
     ]
-    return _fill_rest(market, prices, improve(market, min(tried, key=market.regarded)))
+    best = improve(market, min(tried, key=market.regarded))
+    return Allocation(_fill_rest(market, prices, best), prices)
 
 
-def lower_bound(market: Market, pool_of: Ints) -> float:
-    """No assignment of the same lots within the same room costs less than this. ``pool_of`` serves all of them."""
+def lower_bound(market: Market, pool_of: Ints, prices: Floats | None = None) -> float:
+    """No assignment of the same lots within the same room costs less than this. ``pool_of`` serves all of them.
+
+    ``prices`` are those of an allocation of just these lots; without them they are found anew.
+    """
     value = market.value(pool_of)
     bound = _dual_value(market, np.zeros(len(market.room)))
     if value - bound > _GOOD_ENOUGH * abs(value) and np.isfinite(market.room).any():
-        bound = max(bound, _dual_value(market, class_prices(market)[0]))
+        bound = max(bound, _dual_value(market, class_prices(market)[0] if prices is None else prices))
     return min(bound, value)
 
 

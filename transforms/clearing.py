@@ -23,7 +23,7 @@ from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.schemas import AUCTIONS, AWARDS
 from bidbeam.transforms.allocation import allocate, lower_bound, shortest_horizon
 from bidbeam.transforms.bidding import BidMatrix, finish_times
-from bidbeam.transforms.market import UNSERVED, Ints, Market, unserved_cost
+from bidbeam.transforms.market import UNSERVED, Floats, Ints, Market, unserved_cost
 
 DEFAULT_SLACK = 1.25
 
@@ -151,7 +151,8 @@ def clear(
             f"no payment rule {payment!r}", key="auction.payment", expected="one of " + ", ".join(PAYMENT_RULES)
         )
     market, soft = _market(bids, slack)
-    pool_of = allocate(market)
+    dealt = allocate(market)
+    pool_of = dealt.pool_of
     if soft:
         pool_of = _finish_first(market, pool_of)
         # From here on the horizon is as long as it came to be.
@@ -169,7 +170,7 @@ def clear(
     committed = sum((cost for cost in reserved if cost is not None), Decimal(0))
     runner_up = _runners_up(bids, pool_of)
     fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
-    objective, bound, regret = _regret(market, bids, pool_of)
+    objective, bound, regret = _regret(market, bids, pool_of, None if unserved else dealt.prices)
     names = bids.lots.lot_id
     return Clearing(
         bids=bids,
@@ -258,7 +259,7 @@ def _within_budget(market: Market, bids: BidMatrix, pool_of: Ints, worst: _Worst
     best = min(tried, key=market.regarded)
     served = np.flatnonzero(best >= 0)
     if len(served):
-        anew = allocate(market.only(served))
+        anew = allocate(market.only(served)).pool_of
         if np.all(anew >= 0) and sum(map(worst, served, anew), Decimal(0)) <= budget:
             best[served] = anew
     return best
@@ -328,14 +329,16 @@ def _chosen(bids: BidMatrix, pool_of: Ints, what: str) -> list[Decimal | None]:
     return values
 
 
-def _regret(market: Market, bids: BidMatrix, pool_of: Ints) -> tuple[Decimal, Decimal | None, Decimal | None]:
+def _regret(
+    market: Market, bids: BidMatrix, pool_of: Ints, prices: Floats | None
+) -> tuple[Decimal, Decimal | None, Decimal | None]:
     """The awarded lots' total score, a lower bound for it within the same room, and how far above that it is."""
     awarded = np.flatnonzero(pool_of >= 0)
     scores = [score for score in _chosen(bids, pool_of, "score") if score is not None]
     objective = sum(scores, Decimal(0))
     if len(awarded) == 0:
         return objective, None, None
-    bound = Decimal(lower_bound(market.only(awarded), pool_of[awarded]))
+    bound = Decimal(lower_bound(market.only(awarded), pool_of[awarded], prices))
     # The float's rounding must not lift the bound over what is exact.
     bound = min(bound.quantize(Decimal("1e-18")), objective)
     if bound <= 0:

@@ -80,7 +80,9 @@ def begin(job: Job, *, rehearse: bool, warm: bool, now: datetime | None = None) 
     manifest = read_manifest(run_dir)
     lease = Lease.take(run_dir.child("_journal"), job.run_id)
     try:
-        context = make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest)
+        context = make_context(
+            job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest
+        )
         record = RunRecord(
             name=job.name,
             job=job.resolved_json(),

@@ -150,7 +150,9 @@ def _pool(spec: PoolSpec, awards: pa.Table, bids: pa.Table, lots: pa.Table, cont
     mine = awards.filter(pc.equal(awards.column("pool").cast(pa.string()), spec.name))
     offered = bids.filter(pc.equal(bids.column("pool").cast(pa.string()), spec.name))
     requests = pc.sum(
-        lots.column("requests").filter(pc.is_in(lots.column("lot_id"), value_set=mine.column("lot_id").combine_chunks()))
+        lots.column("requests").filter(
+            pc.is_in(lots.column("lot_id"), value_set=mine.column("lot_id").combine_chunks())
+        )
     ).as_py()
     return QuotePool(
         pool=spec.name,
@@ -199,13 +201,22 @@ def _baseline(context: RunContext, lots: pa.Table, bids: pa.Table, awards: pa.Ta
     """The baseline's bill for what the awards are expected to use."""
     if context.baseline is None or not awards.num_rows:
         return None
-    pairs = set(zip(awards.column("lot_id").to_pylist(), awards.column("pool").cast(pa.string()).to_pylist(), strict=True))
+    pairs = set(
+        zip(awards.column("lot_id").to_pylist(), awards.column("pool").cast(pa.string()).to_pylist(), strict=True)
+    )
     inputs = dict(zip(lots.column("lot_id").to_pylist(), lots.column("input_tokens").to_pylist(), strict=True))
     total = Decimal(0)
     columns = ("lot_id", "pool", "expected_cached_tokens", "expected_output_tokens")
-    for lot, pool, cached, output in zip(*(bids.column(c).cast(pa.string() if c == "pool" else bids.column(c).type).to_pylist() for c in columns), strict=True):
+    for lot, pool, cached, output in zip(
+        *(bids.column(c).cast(pa.string() if c == "pool" else bids.column(c).type).to_pylist() for c in columns),
+        strict=True,
+    ):
         if (lot, pool) in pairs:
             price = context.baseline.cached_input
             reused = cached if price is not None else 0
-            total += (inputs[lot] - reused) * context.baseline.input + reused * (price or 0) + output * context.baseline.output
+            total += (
+                (inputs[lot] - reused) * context.baseline.input
+                + reused * (price or 0)
+                + output * context.baseline.output
+            )
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,9 @@ from bidbeam.transforms import stopping
 from bidbeam.transforms.failures import failure_of
 from bidbeam.transforms.finishing import note_status, read_manifest
 from bidbeam.transforms.run_context import RunContext
+
+_MOST_WORKERS = 4
+"""Threads that planning and publishing run on here; each holds a range in memory."""
 
 
 def run(job: Job, beam_options: Sequence[str] = (), *, rehearse: bool = False) -> RunSummary:
@@ -84,7 +88,7 @@ def _pipeline(begun: Begun, beam_options: list[str]) -> None:
 
     from bidbeam.pipelines.batch import build
 
-    flags = beam_options if _names_runner(beam_options) else ["--runner=FnApiRunner", *beam_options]
+    flags = beam_options if _names_runner(beam_options) else [*local_options(begun, beam_options), *beam_options]
     try:
         options = PipelineOptions(flags)
         pipeline = beam.Pipeline(options=options)
@@ -92,6 +96,15 @@ def _pipeline(begun: Begun, beam_options: list[str]) -> None:
         raise UsageError(f"Beam does not take these options: {' '.join(beam_options)}") from error
     build(pipeline, begun.context, begun.plan.splits, begun.record)
     pipeline.run().wait_until_finish()
+
+
+def local_options(begun: Begun, given: Sequence[str]) -> list[str]:
+    """Beam's options for this machine: its runner in this process, with as many workers as the input keeps busy."""
+    options = ["--runner=FnApiRunner"]
+    workers = min(len(os.sched_getaffinity(0)), len(begun.plan.splits), _MOST_WORKERS)
+    if workers > 1 and not any(option.startswith("--direct_") for option in given):
+        options += ["--direct_running_mode=multi_threading", f"--direct_num_workers={workers}"]
+    return options
 
 
 def _names_runner(beam_options: Sequence[str]) -> bool:
@@ -113,7 +126,9 @@ def _signals(context: RunContext, progress: Progress) -> Iterator[None]:
         if stopping.requested():
             raise KeyboardInterrupt
         stopping.request()
-        progress.note(f"{signal.Signals(number).name}: no more requests are sent; waiting for those in flight (again to stop at once)")
+        progress.note(
+            f"{signal.Signals(number).name}: no more requests are sent; waiting for those in flight (again to stop at once)"
+        )
         threading.Thread(target=_tell_workers, args=(context,), daemon=True).start()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

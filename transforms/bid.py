@@ -58,7 +58,8 @@ class Bid(beam.PTransform):
         cleared = (
             pipeline
             | "Call for bids" >> beam.Create([self._round], reshuffle=False)
-            | "Clear" >> beam.ParDo(_Clear(self._context), AsList(lots), AsList(spent)).with_outputs(
+            | "Clear"
+            >> beam.ParDo(_Clear(self._context), AsList(lots), AsList(spent)).with_outputs(
                 _WAITING, _REFUSED, main="shifts"
             )
         )
@@ -80,7 +81,9 @@ class _Clear(beam.DoFn):
             if decision is None:
                 ordered = pa.concat_tables(found).sort_by([("range", "ascending"), ("start", "ascending")])
                 spent = self._context.spent + spent_on(segments)
-                decision = decisions.keep(self._context, decide(self._context, round_, ordered, spent, datetime.now(UTC)))
+                decision = decisions.keep(
+                    self._context, decide(self._context, round_, ordered, spent, datetime.now(UTC))
+                )
             yield from decision.tasks
             if decision.waiting.num_rows:
                 yield TaggedOutput(_WAITING, decision.waiting)
@@ -99,7 +102,9 @@ def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
             prior_state(
                 spec,
                 now=now,
-                context=spec.context if spec.context is not None else (min(known) if spec.kind == "vllm" and known else None),
+                context=spec.context
+                if spec.context is not None
+                else (min(known) if spec.kind == "vllm" and known else None),
                 cache_block=blocks[0] if blocks and spec.kind == "vllm" else None,
             )
         )
@@ -109,7 +114,9 @@ def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
 def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now: datetime) -> Decision:
     """One round of the market over LOT rows in prefix order, with what is left of the budget. Writes nothing."""
     lots = lots.set_column(
-        lots.schema.get_field_index("round"), LOT.field("round"), pa.repeat(pa.scalar(round_, pa.int16()), lots.num_rows)
+        lots.schema.get_field_index("round"),
+        LOT.field("round"),
+        pa.repeat(pa.scalar(round_, pa.int16()), lots.num_rows),
     )
     pools = pool_states(context, now)
     bids = make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates)
@@ -117,7 +124,9 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     cleared = clear(bids, budget=budget)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
-    left = lots.set_column(lots.schema.get_field_index("last_error"), LOT.field("last_error"), pa.array(reasons, pa.string()))
+    left = lots.set_column(
+        lots.schema.get_field_index("last_error"), LOT.field("last_error"), pa.array(reasons, pa.string())
+    )
     return Decision(
         round=round_,
         tasks=tuple(shifts_of(context, round_, lots, cleared)),

@@ -79,9 +79,9 @@ def pool_counts(rows: pa.Table) -> list[PoolCount]:
         {
             "pool": rows.column("pool").cast(pa.string()),
             # Overhead has a status too, but no request.
-            "served": pc.and_(pc.equal(rows.column("status").cast(pa.string()), "ok"), pc.is_valid(rows.column("tag"))).cast(
-                pa.int64()
-            ),
+            "served": pc.and_(
+                pc.equal(rows.column("status").cast(pa.string()), "ok"), pc.is_valid(rows.column("tag"))
+            ).cast(pa.int64()),
             **{name: rows.column(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "cost")},
         }
     )

@@ -107,7 +107,10 @@ class Door:
         if ideal:
             columns["ideal_cached_tokens"] = pa.array(reusable.astype(np.int32))
         requests = pa.RecordBatch.from_arrays(
-            [a.cast(REQUEST_FIELDS[k]) if k in REQUEST_FIELDS and a.type != REQUEST_FIELDS[k] else a for k, a in columns.items()],
+            [
+                a.cast(REQUEST_FIELDS[k]) if k in REQUEST_FIELDS and a.type != REQUEST_FIELDS[k] else a
+                for k, a in columns.items()
+            ],
             names=list(columns),
         )
         attempt_no = int(str(lot["attempt_no"]))

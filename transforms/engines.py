@@ -61,7 +61,9 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
 
         directory = context.models[model].directory
         if directory is None:
-            raise ModelError(f"pool {spec.name!r}: model {model!r} has no source to load it from; give it one in the pools file")
+            raise ModelError(
+                f"pool {spec.name!r}: model {model!r} has no source to load it from; give it one in the pools file"
+            )
         config = VllmConfig.of(
             spec.name, directory, spec.engine, concurrency=spec.capacity.concurrency, cpu=spec.accelerator is None
         )

@@ -176,7 +176,9 @@ def segment_ref(journal: Store, name: str) -> SegmentRef:
     """What ``write_segment`` returned for a segment that is already there."""
     reader, _ = open_segment(journal, name)
     batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    ranges = tuple(OVERHEAD if b.column("tag")[0].as_py() is None else b.column("tag")[0].as_py() >> 32 for b in batches)
+    ranges = tuple(
+        OVERHEAD if b.column("tag")[0].as_py() is None else b.column("tag")[0].as_py() >> 32 for b in batches
+    )
     rows = pa.Table.from_batches(batches)
     served = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
     return SegmentRef(name, rows.num_rows, ranges, served, sum_decimal(rows.column("cost")))

@@ -19,8 +19,14 @@ from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.engines import clock_ms
-from bidbeam.transforms.settling import Terms, overhead_row, settle
+from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
 
+NOT_SENT = "not sent"
+"""The message of a ``cancelled`` result whose request never left the engine: nothing is owed for it."""
+
+_LOST = "given up in flight: it may have been served, so it is booked at its worst case"
+
+Tags = np.ndarray[Any, np.dtype[np.int64]]
 Lot = dict[str, Any]
 """One row of a LOT table, with ``runner_up``: the pool that gets it when its own goes down."""
 
@@ -45,6 +51,8 @@ class Lane:
     queue: deque[Lot] = field(default_factory=deque)
     down: str | None = None
     """Why the pool serves nothing any more."""
+    closing: bool = False
+    """Whether it has given requests back unsent: it is going down, and gets no more."""
     stopped: str | None = None
     """Why it gets no more requests in this shift (budget, deadline, interrupted)."""
     used_ms: int = 0
@@ -61,6 +69,7 @@ class Lane:
     _at: int = 0
     _outstanding: list[pa.RecordBatch] = field(default_factory=list)
     _results: list[pa.RecordBatch] = field(default_factory=list)
+    _returned: list[tuple[Lot, Tags]] = field(default_factory=list)
     _overheads: int = 0
     _closed_ms: int = 0
 
@@ -76,7 +85,12 @@ class Lane:
     @property
     def waiting(self) -> bool:
         """Whether there is something that it may still send."""
-        return not self.down and not self.stopped and (self._opened is not None or bool(self.queue))
+        return self.open and (self._opened is not None or bool(self.queue))
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes requests."""
+        return not self.down and not self.stopped and not self.closing
 
     @property
     def pending_results(self) -> int:
@@ -97,13 +111,13 @@ class Lane:
                 if self.meter is not None and self.engine.in_flight == 0:
                     self.meter().busy()
                     self._closed_ms = clock_ms()
-                # Booked as outstanding first: an engine that dies on the way may have begun them.
+                # An engine that is gone takes nothing: these rows are then left over.
+                self.engine.submit(part)
                 self._outstanding.append(self._opened.info.slice(self._at, room))
                 self._at += part.num_rows
                 self.submitted += part.num_rows
                 if self._at >= self._opened.requests.num_rows:
                     self._opened = None
-                self.engine.submit(part)
         except PoolDown as error:
             self.mark_down(str(error))
 
@@ -113,17 +127,30 @@ class Lane:
             return
         try:
             for batch in self.engine.poll():
-                if batch.num_rows:
-                    self._results.append(batch)
+                self._take(batch)
         except PoolDown as error:
             self.mark_down(str(error))
+
+    def _take(self, batch: pa.RecordBatch) -> None:
+        """Keeps results for settling; what comes back unsent is left over instead, and was no attempt."""
+        unsent = pc.fill_null(pc.equal(batch.column("error_message"), NOT_SENT), False)
+        if pc.any(unsent).as_py():
+            back = self._match(batch.filter(unsent).column("tag").to_numpy())
+            self.submitted -= back.num_rows
+            self.closing = True
+            lots = np.array(back.column("lot_id").cast(pa.string()).to_pylist(), dtype=object)
+            for lot_id in dict.fromkeys(lots.tolist()):
+                self._returned.append((self.lots[lot_id], back.column("tag").to_numpy()[lots == lot_id]))
+            batch = batch.filter(pc.invert(unsent))
+        if batch.num_rows:
+            self._results.append(batch)
 
     def mark_down(self, why: str) -> None:
         self.down = why
 
-    def leftover(self) -> list[tuple[Lot, np.ndarray[Any, np.dtype[np.int64]]]]:
-        """Lots, or the unsent tails of lots, that nobody was asked for: (lot, tags not sent). Empties the queue."""
-        left = []
+    def leftover(self) -> list[tuple[Lot, Tags]]:
+        """Lots, or the unsent parts of lots, that nobody was asked for: (lot, tags not sent). Empties the queue."""
+        left, self._returned = self._returned, []
         if self._opened is not None:
             tags = self._opened.info.column("tag").to_numpy()[self._at :]
             if len(tags):
@@ -137,15 +164,15 @@ class Lane:
     def settle(self, *, final: bool, now: datetime | None = None) -> pa.Table | None:
         """The SEGMENT rows of everything that finished since the last call, None where nothing did.
 
-        ``final`` closes the books: what is outstanding at a dead pool is booked as failed, and time that no attempt
-        bears as overhead.
+        ``final`` closes the books: time that no attempt bears is booked as overhead, and what is outstanding at a dead
+        pool as failed where the pool is paid by time, which its seconds cover, else as lost.
         """
         now = now or datetime.now(UTC)
-        if final and self.down and self._outstanding:
+        metered = self.meter is not None and self.terms.price.by_time
+        if final and self.down and self._outstanding and metered:
             self._results.append(self._died(now))
         rows: list[pa.RecordBatch] = []
         busy = idle = 0
-        metered = self.meter is not None and self.terms.price.by_time
         if metered and self.meter is not None and self.submitted and (self._results or final):
             meter = self.meter()
             if self.engine_in_flight == 0:
@@ -158,20 +185,42 @@ class Lane:
         if self._results:
             results = pa.Table.from_batches(self._results, schema=RESULT_SCHEMA).combine_chunks().to_batches()[0]
             self._results = []
-            requests = self._match(results)
-            rows.append(settle(requests, results, self.terms, accelerator_ms=busy if metered else None))
-            self._count(rows[-1])
+            requests = self._match(results.column("tag").to_numpy())
+            if not metered and (unknown := _outcome_unknown(results)) is not None:
+                rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
+                requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
+            if results.num_rows:
+                rows.append(settle(requests, results, self.terms, accelerator_ms=busy if metered else None))
         elif busy:
             rows += self._overhead("accelerator_second", busy, now)
+        if final and self.down and self._outstanding:
+            sent = pa.Table.from_batches(self._outstanding).unify_dictionaries().combine_chunks().to_batches()[0]
+            self._outstanding = []
+            rows.append(self._lost(sent, now))
+        for batch in rows:
+            self._count(batch)
         return pa.Table.from_batches(rows).unify_dictionaries() if rows else None
 
+    def _lost(self, requests: pa.RecordBatch, now: datetime, started_at: pa.Array | None = None) -> pa.RecordBatch:
+        """SEGMENT rows of requests that the pool was handed and of whose outcome nothing is known."""
+        if started_at is not None:
+            requests = requests.append_column("started_at", started_at)
+        rows = book_lost(requests, self.terms, now)
+        for name, value in (("error_class", "server"), ("error_message", _LOST)):
+            at = rows.schema.get_field_index(name)
+            rows = rows.set_column(
+                at, rows.schema.field(at), constant(value, rows.schema.field(at).type, rows.num_rows)
+            )
+        return rows
+
     def _count(self, rows: pa.RecordBatch) -> None:
+        self.cost += sum_decimal(rows.column("cost"))
+        rows = rows.filter(pc.is_valid(rows.column("tag")))
         ok = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
         self.settled += ok
         self.failed += rows.num_rows - ok
         for name in ("input_tokens", "cached_tokens", "output_tokens"):
             setattr(self, name, getattr(self, name) + int(pc.sum(rows.column(name)).as_py() or 0))
-        self.cost += sum_decimal(rows.column("cost"))
 
     def over_reserve(self, margin_s: float) -> bool:
         """Whether the accelerator has run as long as this round reserved, or will have within ``margin_s`` seconds."""
@@ -185,13 +234,14 @@ class Lane:
             return []
         self._overheads += 1
         attempt_id = self.overhead_id(self._overheads)
-        return [overhead_row(self.terms, meter=meter, millis=millis, at=now, attempt_id=attempt_id, round_no=self.round)]
+        return [
+            overhead_row(self.terms, meter=meter, millis=millis, at=now, attempt_id=attempt_id, round_no=self.round)
+        ]
 
-    def _match(self, results: pa.RecordBatch) -> pa.RecordBatch:
-        """What was sent for each result, in the results' order; takes it out of what is outstanding."""
+    def _match(self, wanted: Tags) -> pa.RecordBatch:
+        """What was handed over under these tags, in their order; takes it out of what is outstanding."""
         sent = pa.Table.from_batches(self._outstanding).unify_dictionaries().combine_chunks().to_batches()[0]
         tags = sent.column("tag").to_numpy()
-        wanted = results.column("tag").to_numpy()
         by_tag = np.argsort(tags, kind="stable")
         found = by_tag[np.searchsorted(tags, wanted, sorter=by_tag)]
         if len(found) == len(tags):
@@ -221,8 +271,17 @@ class Lane:
         )
 
 
-def all_tags(lot: Lot) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _outcome_unknown(results: pa.RecordBatch) -> pa.Array | None:
+    """Which results were given up in flight without a word of their usage (bool[n]); None where none was."""
+    cancelled = pc.equal(results.column("status"), "cancelled")
+    if not pc.any(cancelled).as_py():
+        return None
+    unknown = pc.and_(pc.is_null(results.column("input_tokens")), pc.is_null(results.column("output_tokens")))
+    return pc.and_(cancelled, unknown)
+
+
+def all_tags(lot: Lot) -> Tags:
     """The tags of a lot's requests, ascending."""
     places = np.frombuffer(lot["places"], "<u4").astype(np.int64)
-    tags: np.ndarray[Any, np.dtype[np.int64]] = (np.int64(lot["range"]) << 32) | places
+    tags: Tags = (np.int64(lot["range"]) << 32) | places
     return tags

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
 from bidbeam.transforms.market import Floats, Ints
 
@@ -24,6 +22,10 @@ def transport(
 
     A row may stay unserved at its cost.
     """
+    # SciPy takes half a second to import, and a market that is not tight never asks for it.
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
     bounded = np.flatnonzero(np.isfinite(room))
     count, pairs = len(unserved), len(rows)
     unit = float(np.mean(np.abs(cost))) if pairs else 0.0
@@ -60,6 +62,9 @@ def least_makespan(rows: Ints, columns: Ints, seconds: Floats) -> float:
 
     0 where there are no pairs.
     """
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
     pairs = len(rows)
     unit = float(seconds.mean()) if pairs else 0.0
     if unit == 0:

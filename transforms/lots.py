@@ -84,7 +84,11 @@ def lots_of_places(
     for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
         model, placement, tenant = parts[int(group[start])]
         statistics = lot_statistics(
-            tokens[start:end], answer[start:end], output[start:end], shared[start:end], context.models[model].cache_block
+            tokens[start:end],
+            answer[start:end],
+            output[start:end],
+            shared[start:end],
+            context.models[model].cache_block,
         )
         rows.append(
             {

@@ -94,11 +94,17 @@ def order_rows(
     lengths = pc.binary_length(column["key"]).to_numpy().astype(np.int64)[order]
     keys, leader = _occurrences(content, groups, greedy, dead, _has_equal_neighbours(common, lengths))
     n_dead = int(dead.sum())
-    reason = pa.DictionaryArray.from_arrays(
-        pa.array(np.zeros(len(order), np.int32), mask=~dead), pa.array(["invalid"] if n_dead else [], pa.string())
-    ) if n_dead else pa.nulls(len(order), LABEL)
+    reason = (
+        pa.DictionaryArray.from_arrays(
+            pa.array(np.zeros(len(order), np.int32), mask=~dead), pa.array(["invalid"] if n_dead else [], pa.string())
+        )
+        if n_dead
+        else pa.nulls(len(order), LABEL)
+    )
     message = pc.if_else(
-        pa.array(dead), pa.scalar(f"column {context.render.prompt.id!r}: an earlier row has the same id"), pa.scalar(None, pa.string())
+        pa.array(dead),
+        pa.scalar(f"column {context.render.prompt.id!r}: an earlier row has the same id"),
+        pa.scalar(None, pa.string()),
     )
     table = pa.table(
         [
@@ -209,4 +215,6 @@ def merge_range(
 ) -> RangeRef:
     """Merges one range and writes its order; the same bytes when a bundle is tried again."""
     order, groups = order_rows(context, spills, range_, repeated_ids)
-    return RangeRef(range_, write_order(context, range_, order), order.num_rows, groups, ideal_of(context, order, groups))
+    return RangeRef(
+        range_, write_order(context, range_, order), order.num_rows, groups, ideal_of(context, order, groups)
+    )

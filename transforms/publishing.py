@@ -112,13 +112,17 @@ def _merge_pools(counts: Iterable[PoolCount]) -> tuple[PoolCount, ...]:
     merged: dict[str, PoolCount] = {}
     for count in counts:
         before = merged.get(count.pool)
-        merged[count.pool] = count if before is None else PoolCount(
-            count.pool,
-            before.served + count.served,
-            before.input_tokens + count.input_tokens,
-            before.cached_tokens + count.cached_tokens,
-            before.output_tokens + count.output_tokens,
-            before.cost + count.cost,
+        merged[count.pool] = (
+            count
+            if before is None
+            else PoolCount(
+                count.pool,
+                before.served + count.served,
+                before.input_tokens + count.input_tokens,
+                before.cached_tokens + count.cached_tokens,
+                before.output_tokens + count.output_tokens,
+                before.cost + count.cost,
+            )
         )
     return tuple(merged[name] for name in sorted(merged))
 
@@ -199,7 +203,12 @@ def publish_dead_split(context: RunContext, spill: SpillRef) -> Published:
     columns["cost"] = pa.array([Decimal(0)], COST).take(pa.array(np.zeros(n, np.int8)))
     requests = _as_requests(columns, n)
     part = write_part(
-        context.ledger, "requests", context.run_date, context.run_id, f"{context.part_prefix}d{spill.split:05d}", requests
+        context.ledger,
+        "requests",
+        context.run_date,
+        context.run_id,
+        f"{context.part_prefix}d{spill.split:05d}",
+        requests,
     )
     counts = {item["values"]: item["counts"] for item in pc.value_counts(reasons).to_pylist()}
     return Published(dead_letters=(letters,), parts=(part,), dead=counts)
@@ -229,7 +238,14 @@ class _Book:
         # Backwards, so that the first answer wins.
         good = rows[ok.astype(bool)][::-1]
         answer[place[good]] = good
-        return cls(answer[leader], last[leader], number, _cost_by_place(attempts, place, number), leader, leader == np.arange(n))
+        return cls(
+            answer[leader],
+            last[leader],
+            number,
+            _cost_by_place(attempts, place, number),
+            leader,
+            leader == np.arange(n),
+        )
 
 
 def _cost_by_place(attempts: pa.Table, place: npt.NDArray[np.int64], number: npt.NDArray[np.int64]) -> pa.Array:
@@ -239,16 +255,18 @@ def _cost_by_place(attempts: pa.Table, place: npt.NDArray[np.int64], number: npt
         where[place] = np.arange(len(place))
         found = attempts.column("cost").combine_chunks().take(pa.array(where, mask=where < 0))
         return pc.fill_null(found, zero)
-    summed = pa.table({"place": pa.array(place), "cost": attempts.column("cost")}).group_by("place").aggregate([("cost", "sum")])
+    summed = (
+        pa.table({"place": pa.array(place), "cost": attempts.column("cost")})
+        .group_by("place")
+        .aggregate([("cost", "sum")])
+    )
     where = np.full(len(number), -1, np.int64)
     where[summed.column("place").to_numpy()] = np.arange(summed.num_rows)
     costs = summed.column("cost_sum").combine_chunks().cast(COST)
     return pc.fill_null(costs.take(pa.array(where, mask=where < 0)), zero)
 
 
-def _attempts(
-    context: RunContext, segments: Sequence[SegmentRef], range_: int, history: pa.Table | None
-) -> pa.Table:
+def _attempts(context: RunContext, segments: Sequence[SegmentRef], range_: int, history: pa.Table | None) -> pa.Table:
     batches = list(read_batches(context.journal, segments, range_))
     table = pa.Table.from_batches([b.replace_schema_metadata(None) for b in batches], schema=SEGMENT)
     if history is not None and history.num_rows:
@@ -287,7 +305,12 @@ def _reasons(
 
 
 def _outputs(
-    context: RunContext, layout: SpillLayout, rows: pa.Table, found: pa.Table, book: _Book, served: npt.NDArray[np.int64]
+    context: RunContext,
+    layout: SpillLayout,
+    rows: pa.Table,
+    found: pa.Table,
+    book: _Book,
+    served: npt.NDArray[np.int64],
 ) -> pa.Table:
     extra = {
         "request_id": rows.column(layout.index("request_id")),
@@ -389,7 +412,9 @@ def _write(context: RunContext, path: str, table: pa.Table) -> OutputFile:
     """Writes a Parquet file create-only under the run's directory."""
     # Text that is nearly all distinct gains nothing from a dictionary and pays for the attempt.
     plain = [f.name for f in table.schema if not _repeats(f.type)]
-    dictionary = [f.name for f in table.schema if f.name not in plain or f.name in {"finish_reason", "model", "pool", "reason"}]
+    dictionary = [
+        f.name for f in table.schema if f.name not in plain or f.name in {"finish_reason", "model", "pool", "reason"}
+    ]
     with context.run_dir.scratch_file() as scratch:
         pq.write_table(table, scratch, compression=_CODEC, use_dictionary=dictionary, write_statistics=dictionary)
         with Path(scratch).open("rb") as written:

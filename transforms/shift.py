@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -25,7 +27,14 @@ from bidbeam.connectors.errors import Interrupted, PoolDown
 from bidbeam.transforms import heartbeat, stopping
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
-from bidbeam.transforms.journal import SegmentRef, list_segments, read_segment, segment_number, segment_ref, write_segment
+from bidbeam.transforms.journal import (
+    SegmentRef,
+    list_segments,
+    read_segment,
+    segment_number,
+    segment_ref,
+    write_segment,
+)
 from bidbeam.transforms.lane import Lane, Lot, all_tags
 from bidbeam.transforms.lots import LOT, lot_statistics
 from bidbeam.transforms.order import read_order, shared_with_previous
@@ -36,6 +45,7 @@ from bidbeam.transforms.spilling import SpillRef
 _SEGMENT_ROWS = 65_536
 _SEGMENT_S = 2.0
 _TICK_S = 0.25
+_WRITES_AHEAD = 2
 _GRACE_S = 10.0
 """Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
 
@@ -96,6 +106,9 @@ class Shift:
         self._wake = threading.Event()
         self._door = Door(context, spills)
         self._number = 0
+        self._flushes = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-journal")
+        self._writing: deque[Future[SegmentRef]] = deque()
         self._failed: dict[str, list[tuple[npt.NDArray[np.int64], str]]] = {}
         self._unsent: list[tuple[Lot, npt.NDArray[np.int64], str | None]] = []
         self._settled_tags = np.zeros(0, np.int64)
@@ -140,6 +153,7 @@ class Shift:
         for name in list_segments(self._context.journal, f"{self._context.scratch_name}/segments/{self._task.prefix}-"):
             rows, _ = read_segment(self._context.journal, name)
             self._number = max(self._number, segment_number(name) + 1)
+            self._flushes = self._number
             tags.append(rows.column("tag").drop_null().to_numpy())
             failed.append(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
             yield ShiftResult(segment=segment_ref(self._context.journal, name))
@@ -173,7 +187,7 @@ class Shift:
                 terms=terms,
                 meter=slot.meter if terms.price.by_time else None,
                 open_lot=self._open_lot,
-                overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._number}|{number}".encode()).digest()[:16],
+                overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._flushes}|{number}".encode()).digest()[:16],
                 round=self._task.round,
                 reserved_ms=reserved_ms,
             )
@@ -246,13 +260,26 @@ class Shift:
                 parts.append(rows)
                 terms[lane.terms.price.price_id, lane.model] = lane.terms
         if not parts:
+            if final:
+                yield from self._written(keep=0)
             return
         rows = pa.concat_tables(parts).unify_dictionaries()
         self._note_failures(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
+        self._flushes += 1
+        # Written beside the loop: a slow store must not leave an engine without work.
+        self._writing.append(self._writer.submit(self._write, rows, tuple(terms.values())))
+        yield from self._written(keep=0 if final else _WRITES_AHEAD)
+
+    def _write(self, rows: pa.Table, terms: tuple[Terms, ...]) -> SegmentRef:
         prefix = f"{self._context.scratch_name}/segments/{self._task.prefix}"
-        segment = write_segment(self._context.journal, prefix, self._number, rows, terms.values())
+        segment = write_segment(self._context.journal, prefix, self._number, rows, terms)
         self._number = segment_number(segment.name) + 1
-        yield ShiftResult(segment=segment)
+        return segment
+
+    def _written(self, *, keep: int) -> Iterator[ShiftResult]:
+        """Segments that are on the store, in order; waits until no more than ``keep`` are not."""
+        while self._writing and (len(self._writing) > keep or self._writing[0].done()):
+            yield ShiftResult(segment=self._writing.popleft().result())
 
     def _note_failures(self, rows: pa.Table) -> None:
         rows = rows.filter(pc.is_valid(rows.column("tag")))

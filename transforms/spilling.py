@@ -131,7 +131,9 @@ def sample_keys(split: Split, context: RunContext, models: Mapping[str, ModelToo
     """Places in the global order of a seeded sample of ``rows`` rows of a split; bad rows give none."""
     table = read_split(split, context.input_schema, context.storage)
     if table.num_rows > rows:
-        chosen = np.random.default_rng([context.seed % (1 << 63), split.index]).choice(table.num_rows, rows, replace=False)
+        chosen = np.random.default_rng([context.seed % (1 << 63), split.index]).choice(
+            table.num_rows, rows, replace=False
+        )
         table = table.take(pa.array(np.sort(chosen)))
     rendered = render(table, context.render, models, file=split.file, row_start=0, seed=context.seed)
     good = rendered.filter(pc.is_null(rendered.column("reason")))
@@ -220,7 +222,8 @@ def spill_split(
         dead=len(dead),
         input_tokens=int(pc.sum(live.column("input_tokens")).as_py() or 0),
         max_output_tokens=int(
-            pc.sum(pc.multiply(live.column("max_tokens").cast(pa.int64()), live.column("n").cast(pa.int64()))).as_py() or 0
+            pc.sum(pc.multiply(live.column("max_tokens").cast(pa.int64()), live.column("n").cast(pa.int64()))).as_py()
+            or 0
         ),
         ids_name=ids_name,
     )
@@ -228,8 +231,10 @@ def spill_split(
 
 def _write(store: Store, name: str, rows: pa.Table, cuts: Sequence[int]) -> None:
     batches = rows.to_batches()
-    batch = batches[0] if batches else pa.RecordBatch.from_arrays(
-        [pa.array([], field.type) for field in rows.schema], schema=rows.schema
+    batch = (
+        batches[0]
+        if batches
+        else pa.RecordBatch.from_arrays([pa.array([], field.type) for field in rows.schema], schema=rows.schema)
     )
     with store.scratch_file() as path:
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.pvalue import AsList, PCollection, TaggedOutput
@@ -16,7 +18,7 @@ from apache_beam.pvalue import AsList, PCollection, TaggedOutput
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.schemas import LOTS
 from bidbeam.transforms import decisions
-from bidbeam.transforms.bidding import PoolState, make_bids, prior_state
+from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_state
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
@@ -43,7 +45,7 @@ class Market(NamedTuple):
     """LOT tables: nobody may serve these."""
 
 
-class Bid(beam.PTransform):
+class Bid(beam.PTransform[Any, Any]):
     """PCollection of LOT tables to ``Market``. ``spent`` are the segments of the rounds before, for the budget."""
 
     def __init__(self, context: RunContext, round_: int, spent: Sequence[PCollection[Any]]) -> None:
@@ -72,7 +74,7 @@ class _Clear(beam.DoFn):
 
     def process(
         self, round_: int, lots: Sequence[pa.Table], segments: Sequence[SegmentRef]
-    ) -> Iterator[ShiftTask | TaggedOutput]:
+    ) -> Iterator[ShiftTask | TaggedOutput[str, Any]]:
         with reported(self._context):
             found = [table for table in lots if table.num_rows]
             if not found:
@@ -119,7 +121,10 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         pa.repeat(pa.scalar(round_, pa.int16()), lots.num_rows),
     )
     pools = pool_states(context, now)
-    bids = make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates)
+    bids = prefer_untried(
+        make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
+        lots.column("failed_on").to_pylist(),
+    )
     budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
     cleared = clear(bids, budget=budget)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
@@ -139,6 +144,24 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
             "auctions": cleared.auction_table(run_id=context.run_id, round_number=round_),
         },
         reserved=cleared.committed,
+    )
+
+
+def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None]) -> BidMatrix:
+    """The bids without those of pools that a lot's requests have failed on, wherever another pool may serve the lot.
+
+    ``failed_on`` names those pools, by lot. A bid that is taken back is rejected as ``failed``.
+    """
+    if not any(failed_on):
+        return bids
+    tried = np.array([[pool.spec.name in (names or ()) for pool in bids.pools] for names in failed_on], bool)
+    out = tried & bids.eligible & (bids.eligible & ~tried).any(axis=1, keepdims=True)
+    return replace(
+        bids,
+        reject=tuple(pc.if_else(pa.array(out[:, at]), "failed", reason) for at, reason in enumerate(bids.reject)),
+        eligible=bids.eligible & ~out,
+        score=np.where(out, np.inf, bids.score),
+        saving=np.where(out, 0.0, bids.saving),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,7 @@ LOT = pa.schema(
         pa.field("places", pa.large_binary()),  # little-endian uint32 places of the range, in order
         pa.field("attempt_no", pa.int16()),  # which attempt at each of its requests comes next, from 1
         pa.field("last_error", pa.string()),  # the class of error that left it unserved in the round before
+        pa.field("failed_on", pa.list_(pa.string())),  # pools that its requests have failed on
     ]
 )
 
@@ -80,8 +83,8 @@ def lots_of_places(
     output = answer * order.column("n").take(take).to_numpy().astype(np.int64)
     cuts = cut_points(tokens + output, shared, group, context.lot_tokens)
     parts = [split_group(name) for name in groups]
-    rows = []
-    for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    rows: list[dict[str, Any]] = []
+    for number, (start, end) in enumerate(itertools.pairwise(cuts)):
         model, placement, tenant = parts[int(group[start])]
         statistics = lot_statistics(
             tokens[start:end],
@@ -105,6 +108,7 @@ def lots_of_places(
                 "places": places[start:end].astype("<u4").tobytes(),
                 "attempt_no": 1,
                 "last_error": None,
+                "failed_on": [],
             }
         )
     return pa.Table.from_pylist(rows, schema=LOT)

@@ -8,6 +8,7 @@ asked for yet to their runners-up; what fails goes to the next round.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections import deque
@@ -18,7 +19,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -35,9 +35,10 @@ from bidbeam.transforms.journal import (
     segment_ref,
     write_segment,
 )
-from bidbeam.transforms.lane import Lane, Lot, all_tags
+from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
 from bidbeam.transforms.lots import LOT, lot_statistics
 from bidbeam.transforms.order import read_order, shared_with_previous
+from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.spilling import SpillRef
@@ -88,6 +89,22 @@ class ShiftResult:
     unserved: pa.Table | None = None
 
 
+@dataclass(slots=True)
+class _Left:
+    """Requests of one lot that got no answer: their tags, the last reason, and the pools whose fault it was."""
+
+    lot: Lot
+    tags: list[Tags] = field(default_factory=list)
+    why: str = ""
+    pools: set[str] = field(default_factory=set)
+
+    def add(self, tags: Tags, why: str, pool: str | None) -> None:
+        self.tags.append(tags)
+        self.why = why
+        if pool is not None:
+            self.pools.add(pool)
+
+
 class Shift:
     """Runs one task. ``slot`` gives the engine of (pool, model, replica); a test passes its own."""
 
@@ -109,8 +126,8 @@ class Shift:
         self._flushes = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-journal")
         self._writing: deque[Future[SegmentRef]] = deque()
-        self._failed: dict[str, list[tuple[npt.NDArray[np.int64], str]]] = {}
-        self._unsent: list[tuple[Lot, npt.NDArray[np.int64], str | None]] = []
+        self._failed: dict[str, _Left] = {}
+        self._unsent: dict[str, _Left] = {}
         self._settled_tags = np.zeros(0, np.int64)
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
@@ -128,7 +145,7 @@ class Shift:
                     lane.fill()
                 for lane in list(self._lanes.values()):
                     lane.poll()
-                    if lane.down:
+                    if not lane.open:
                         self._hand_over(lane)
                 stop_at = self._check_walls(stop_at)
                 pending = sum(lane.pending_results for lane in self._lanes.values())
@@ -164,6 +181,9 @@ class Shift:
     def _open_lanes(self) -> None:
         for award in self._task.awards:
             for lot in award.lots.to_pylist():
+                if not self._may(award.pool, lot):
+                    self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
+                    continue
                 lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
                 lane.queue.append(lot)
                 self._lots[lot["lot_id"]] = lot
@@ -205,23 +225,37 @@ class Shift:
     # -- during ---------------------------------------------------------------------------------------------------
 
     def _hand_over(self, lane: Lane) -> None:
-        """Gives what a dead pool was not asked for to the runners-up, as far as they are alive."""
+        """Gives what a dead pool was not asked for to the runners-up, as far as they are alive; what a stopped one was
+        not asked for is left over."""
         for lot, tags in lane.leftover():
-            pool = lot.get("runner_up")
-            terms = self._task.runner_up_terms.get((pool or "", lot["model"]))
-            if pool is None or terms is None:
-                self._unsent.append((lot, tags, "server"))
-                continue
-            moved = {**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes(), "runner_up": None}
-            try:
-                target = self._lane(pool, lot["model"], 0, terms, None)
-            except PoolDown:
-                self._unsent.append((lot, tags, "server"))
-                continue
-            if target.down or target.stopped:
-                self._unsent.append((lot, tags, "server"))
+            if lane.stopped:
+                self._keep_unsent(lot, tags, lane.stopped)
+            elif (target := self._runner_up(lot)) is not None:
+                target.queue.append({**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes(), "runner_up": None})
             else:
-                target.queue.append(moved)
+                self._keep_unsent(lot, tags, "server", lane.pool)
+
+    def _runner_up(self, lot: Lot) -> Lane | None:
+        """The lane that may take a lot over, where there is one and it takes requests."""
+        pool = lot.get("runner_up")
+        terms = self._task.runner_up_terms.get((pool or "", lot["model"]))
+        if pool is None or terms is None or not self._may(pool, lot):
+            return None
+        try:
+            lane = self._lane(pool, lot["model"], 0, terms, None)
+        except PoolDown:
+            return None
+        return lane if lane.open else None
+
+    def _may(self, pool: str, lot: Lot) -> bool:
+        """Placement's second wall: whatever the market said, nothing goes where it may not."""
+        text = lot["placement"]
+        return eligible(json.loads(text) if text else None, self._specs[pool].placement)[0]
+
+    def _keep_unsent(self, lot: Lot, tags: Tags, why: str, pool: str | None = None) -> None:
+        tags = tags[~np.isin(tags, self._settled_tags)]
+        if len(tags):
+            self._unsent.setdefault(lot["lot_id"], _Left(lot)).add(tags, why, pool)
 
     def _check_walls(self, stop_at: float | None) -> float | None:
         """Deadline, reserved accelerator time and interruption: who gets no more, and what is cancelled."""
@@ -249,8 +283,8 @@ class Shift:
         return stop_at
 
     def _stop(self, lane: Lane, why: str) -> None:
-        self._unsent += [(lot, tags, why) for lot, tags in lane.leftover()]
         lane.stopped = why
+        self._hand_over(lane)
 
     def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
         parts, terms = [], {}
@@ -286,27 +320,38 @@ class Shift:
         if rows.num_rows == 0:
             return
         tags = rows.column("tag").to_numpy()
-        lots = rows.column("lot_id").cast(pa.string()).to_pylist()
-        classes = rows.column("error_class").cast(pa.string()).to_pylist()
-        for tag, lot_id, error in zip(tags, lots, classes, strict=True):
-            if error not in NO_SECOND_TRY:
-                self._failed.setdefault(lot_id, []).append((np.array([tag]), error or "server"))
+        lots, classes, pools = (
+            rows.column(name).cast(pa.string()).to_pylist() for name in ("lot_id", "error_class", "pool")
+        )
+        stopped = {lane.pool: lane.stopped for lane in self._lanes.values() if lane.stopped}
+        for tag, lot_id, error, pool in zip(tags, lots, classes, pools, strict=True):
+            if error in NO_SECOND_TRY:
+                continue
+            # What we cancelled ourselves is no fault of the pool's.
+            ours = error is None and pool in stopped
+            left = self._failed.setdefault(lot_id, _Left(self._lots[lot_id]))
+            left.add(np.array([tag]), stopped[pool] if ours else error or "server", None if ours else pool)
 
     # -- after ----------------------------------------------------------------------------------------------------
 
     def _unserved(self) -> pa.Table:
         """What goes to the next round, as lots: failed requests one attempt further, unsent ones where they were."""
-        rows = []
-        for lot_id, failures in self._failed.items():
-            tags = np.unique(np.concatenate([tags for tags, _ in failures]))
-            rows.append(self._remainder(self._lots[lot_id], tags, failures[-1][1], tried=True))
-        for lot, tags, why in self._unsent:
-            rows.append(self._remainder(lot, tags, why, tried=False))
+        orders: dict[int, pa.Table] = {}
+        rows = [self._remainder(left, orders, tried=True) for left in self._failed.values()]
+        for lot_id, left in self._unsent.items():
+            row = self._remainder(left, orders, tried=False)
+            if lot_id in self._failed:
+                # Two parts of one lot are two lots from here on.
+                row["lot_id"] = f"{lot_id}~{self._task.round + 1}"
+            rows.append(row)
         return pa.Table.from_pylist(rows, schema=LOT)
 
-    def _remainder(self, lot: Lot, tags: npt.NDArray[np.int64], why: str | None, *, tried: bool) -> dict[str, Any]:
-        order = read_order(self._context, lot["range"])
-        places = tags & 0xFFFFFFFF
+    def _remainder(self, left: _Left, orders: dict[int, pa.Table], *, tried: bool) -> dict[str, Any]:
+        lot = left.lot
+        if lot["range"] not in orders:
+            orders[lot["range"]] = read_order(self._context, lot["range"])
+        order = orders[lot["range"]]
+        places = np.unique(np.concatenate(left.tags)) & 0xFFFFFFFF
         here = order.take(pa.array(places))
         tokens = here.column("input_tokens").to_numpy().astype(np.int64)
         answer = here.column("max_tokens").to_numpy().astype(np.int64)
@@ -321,5 +366,6 @@ class Shift:
             "end": int(places[-1]) + 1,
             "places": places.astype("<u4").tobytes(),
             "attempt_no": lot["attempt_no"] + (1 if tried else 0),
-            "last_error": why,
+            "last_error": left.why,
+            "failed_on": sorted({*(lot["failed_on"] or ()), *left.pools}),
         }

@@ -19,7 +19,7 @@ REQUEST_FIELDS: dict[str, pa.DataType] = {
     "attempt_id": pa.binary(16),  # what the engine's log and the provider see
     "input_tokens": pa.int32(),  # exact where the model's tokenizer is known, else an estimate
     "max_tokens": pa.int32(),
-    "sampling": SAMPLING_TYPE,  # canonical JSON object: max_tokens, temperature, seed, top_p, stop, n, response_format, ...
+    "sampling": SAMPLING_TYPE,  # canonical JSON object: max_tokens, temperature, seed, top_p, stop, n, ...
     "cache_salt": pa.dictionary(pa.int32(), pa.string()),  # null: prefixes may be shared with any request
     # There where the engine's ``wants`` names it.
     "tokens": pa.list_(pa.int32()),  # prompt token ids, chat template applied
@@ -53,7 +53,7 @@ RESULT_SCHEMA = pa.schema(
 
 @runtime_checkable
 class Engine(Protocol):
-    """One model on one pool, as a shift drives it. All methods are called from the shift's thread and never block long."""
+    """One model on one pool, as a shift drives it. All methods are called from the shift's thread; none blocks long."""
 
     wants: frozenset[str]
     """Which optional request columns ``submit`` needs: of ``tokens``, ``messages``, ``prompt``."""
@@ -82,7 +82,7 @@ class Engine(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Gives up everything in flight; each comes back from ``poll`` as ``cancelled`` with what is known of its usage."""
+        """Gives up everything in flight; each comes back from ``poll`` as ``cancelled``, its usage as far as known."""
         ...
 
     def close(self) -> None:

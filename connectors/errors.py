@@ -80,7 +80,7 @@ class ModelError(UsageError):
     """A model, tokenizer or chat template that does not load."""
 
 
-class RunHeld(UsageError):
+class RunHeld(UsageError):  # noqa: N818 # named for what happened
     """Another start of the same run is alive and holds it."""
 
 
@@ -88,15 +88,15 @@ class StoreError(BidbeamError):
     """A store that fails, or that cannot keep a promise Bidbeam relies on."""
 
 
-class AlreadyExists(StoreError):
+class AlreadyExists(StoreError):  # noqa: N818 # named for what happened
     """A create-only write met other content under its name."""
 
 
-class PoolDown(BidbeamError):
+class PoolDown(BidbeamError):  # noqa: N818 # named for what happened
     """A pool that serves nothing any more; what it had goes to the runners-up."""
 
 
-class Interrupted(BidbeamError):
+class Interrupted(BidbeamError):  # noqa: N818 # named for what happened
     """Stopped by a signal; the same command resumes."""
 
     exit_code = 4

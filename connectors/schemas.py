@@ -55,7 +55,8 @@ LOTS = _schema(
     ("tenant", LABEL), ("requests", pa.int64()), ("input_tokens", pa.int64()), ("max_input_tokens", pa.int64()),
     ("ideal_cached_tokens", pa.int64()), ("max_output_tokens", pa.int64()), ("tokens_estimated", pa.bool_()),
 )  # fmt: skip
-"""``input_tokens`` is the lot's sum; ``max_input_tokens`` its longest request; ``max_output_tokens`` the sum of n x max_tokens."""
+"""``input_tokens`` is the lot's sum, ``max_input_tokens`` its longest request, ``max_output_tokens`` the sum of
+n x max_tokens."""
 
 BIDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("eligible", pa.bool_()),
@@ -112,7 +113,7 @@ METER_COLUMNS = {
 SEGMENT = _schema(
     ("tag", pa.int64()),
     ("key", pa.binary(16)),
-    *((field.name, field.type) for field in ATTEMPTS if field.name not in {"run_id"}),
+    *((field.name, field.type) for field in ATTEMPTS if field.name != "run_id"),
     ("output", pa.large_string()),
     ("samples", pa.list_(pa.large_string())),
     ("finish_reason", LABEL),

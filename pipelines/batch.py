@@ -22,7 +22,9 @@ from bidbeam.transforms.write_outputs import WriteOutputs
 def build(pipeline: beam.Pipeline, context: RunContext, splits: Sequence[Split], record: RunRecord) -> PCollection[Any]:
     """read, plan, then bid and generate round after round, then publish; gives the run's manifest."""
     plan = pipeline | "Read" >> ReadPrompts(splits) | "Plan" >> PlanLots(context, splits)
-    lots, done, refused = plan.lots, [], []
+    lots = plan.lots
+    done: list[PCollection[Any]] = []
+    refused: list[PCollection[Any]] = []
     for number in range(1, context.rounds + 1):
         spent = tuple(done)
         market = lots | f"Bid {number}" >> Bid(context, number, spent)
@@ -33,4 +35,5 @@ def build(pipeline: beam.Pipeline, context: RunContext, splits: Sequence[Split],
     segments = done | "Journal" >> beam.Flatten()
     unserved = (*refused, lots) | "Unserved" >> beam.Flatten()
     published = segments | "Publish" >> WriteOutputs(context, plan, unserved)
-    return segments | "Book" >> WriteLedger(context, record, plan, published)
+    manifest: PCollection[Any] = segments | "Book" >> WriteLedger(context, record, plan, published)
+    return manifest

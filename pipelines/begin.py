@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -274,13 +274,7 @@ def baseline(job: Job) -> Baseline | None:
 def _seed(journal: Store) -> int:
     """The secret of the run's content keys: made once, kept beside the prompts it protects."""
     if not journal.exists("seed"):
-        try:
+        # Another start may be as quick: whoever was first made the seed.
+        with contextlib.suppress(AlreadyExists):
             journal.create("seed", secrets.token_hex(8).encode())
-        except AlreadyExists:
-            pass
     return int(journal.read("seed"), 16)
-
-
-def process_label() -> str:
-    """Host and process, for messages about who holds a run."""
-    return f"{os.uname().nodename}:{os.getpid()}"

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.inputs import plan_input
 from bidbeam.connectors.money import sum_decimal
-from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.pools import METERS, PoolSpec
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.begin import make_context, model_facts, prepare_models, render_spec
 from bidbeam.pipelines.job import Job, check_fx
@@ -117,7 +117,7 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         return Quote(expected_cost=Decimal(0), worst_case_cost=Decimal(0), **common)
     awards, bids, lots = decision.tables["awards"], decision.tables["bids"], decision.tables["lots"]
     auction = decision.tables["auctions"].to_pylist()[0]
-    pools = tuple(_pool(pool, awards, bids, lots, context) for pool in context.pools)
+    pools = tuple(_pool(pool, awards, bids, lots) for pool in context.pools)
     finishes = [pool.finish_s for pool in pools if pool.lots]
     unserved: Counter[str] = Counter()
     for table in (decision.waiting, decision.refused):
@@ -146,7 +146,7 @@ def _latest(context: RunContext, finishes: Sequence[float | None]) -> datetime |
     return context.started_at + timedelta(seconds=max(known))
 
 
-def _pool(spec: PoolSpec, awards: pa.Table, bids: pa.Table, lots: pa.Table, context: RunContext) -> QuotePool:
+def _pool(spec: PoolSpec, awards: pa.Table, bids: pa.Table, lots: pa.Table) -> QuotePool:
     mine = awards.filter(pc.equal(awards.column("pool").cast(pa.string()), spec.name))
     offered = bids.filter(pc.equal(bids.column("pool").cast(pa.string()), spec.name))
     requests = pc.sum(
@@ -191,9 +191,10 @@ def price_text(spec: PoolSpec) -> str:
     currency = spec.price.currency
     if spec.price.by_time:
         return f"{(prices['accelerator_second'] * 3600).quantize(Decimal('0.0001')).normalize():f} {currency} per hour"
-    names = [meter for meter in ("uncached_input", "cached_input", "output") if meter in prices]
-    million = " / ".join(f"{(prices[meter] * 1_000_000).normalize():f}" for meter in names)
-    text = f"{million} {currency} per 1M {' / '.join(n.removesuffix('_input').replace('uncached', 'input') for n in names)}"
+    named = {"uncached_input": "input", "cached_input": "cached", "output": "output"}
+    meters = [meter for meter in METERS if meter in named and meter in prices]
+    million = " / ".join(f"{(prices[meter] * 1_000_000).normalize():f}" for meter in meters)
+    text = f"{million} {currency} per 1M {' / '.join(named[meter] for meter in meters)} tokens"
     return text + (f" + {prices['request'].normalize():f} a request" if "request" in prices else "")
 
 

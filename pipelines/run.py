@@ -126,9 +126,8 @@ def _signals(context: RunContext, progress: Progress) -> Iterator[None]:
         if stopping.requested():
             raise KeyboardInterrupt
         stopping.request()
-        progress.note(
-            f"{signal.Signals(number).name}: no more requests are sent; waiting for those in flight (again to stop at once)"
-        )
+        name = signal.Signals(number).name
+        progress.note(f"{name}: no more requests are sent; waiting for those in flight (again to stop at once)")
         threading.Thread(target=_tell_workers, args=(context,), daemon=True).start()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

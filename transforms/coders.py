@@ -6,6 +6,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.coders import typecoders
 
 
 class TableCoder(beam.coders.Coder):
@@ -40,7 +41,7 @@ class TableCoder(beam.coders.Coder):
 
 def register() -> None:
     """Makes Beam use these coders; safe to call again. Importing this module does it."""
-    beam.coders.registry.register_coder(pa.Table, TableCoder)
+    typecoders.registry.register_coder(pa.Table, TableCoder)
 
 
 register()

@@ -28,7 +28,7 @@ class Answers(NamedTuple):
     """``pa.Table`` of LOT: what the next round auctions again."""
 
 
-class Generate(beam.PTransform):
+class Generate(beam.PTransform[Any, Any]):
     """PCollection of ``ShiftTask`` to ``Answers``. One request failing never raises; a model that does not load does.
 
     ``accelerator`` becomes the stage's resource hint on runners that honour one.
@@ -50,7 +50,7 @@ class _RunShift(beam.DoFn):
     def __init__(self, context: RunContext) -> None:
         self._context = context
 
-    def process(self, task: ShiftTask, spills: Sequence[SpillRef]) -> Iterator[SegmentRef | TaggedOutput]:
+    def process(self, task: ShiftTask, spills: Sequence[SpillRef]) -> Iterator[SegmentRef | TaggedOutput[str, Any]]:
         with reported(self._context):
             for result in Shift(task, self._context, spills).run():
                 if result.segment is not None:

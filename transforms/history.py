@@ -78,10 +78,10 @@ def match_history(context: RunContext, ranges: Sequence[RangeRef]) -> list[int]:
     with tempfile.TemporaryDirectory() as spill, duckdb.connect(config={"temp_directory": spill}) as connection:
         connection.register("requests", pa.RecordBatchReader.from_batches(left_schema, _requests(context, ranges)))
         connection.register("attempts", pa.RecordBatchReader.from_batches(right_schema, _attempts(context, names)))
-        found = connection.execute(
+        joined: pa.Table = connection.execute(
             "SELECT range, place, segment, row FROM requests JOIN attempts USING (key) ORDER BY ALL"
         ).to_arrow_table()
-    found = found.cast(FOUND)
+    found: pa.Table = joined.cast(FOUND)
     matched = []
     for range_ in pc.unique(found.column("range")).to_pylist():
         sink = pa.BufferOutputStream()
@@ -97,7 +97,7 @@ def _name(range_: int) -> str:
 
 
 def history_of(context: RunContext, range_: int) -> pa.Table | None:
-    """Earlier attempts at a range's requests, as SEGMENT rows tagged with this start's places; None where there are none."""
+    """Earlier attempts at a range's requests, as SEGMENT rows tagged with this start's places; None without any."""
     if not context.has_history or not context.scratch.exists(_name(range_)):
         return None
     with context.scratch.open_input(_name(range_)) as source:

@@ -7,6 +7,7 @@ the plan: round, shift and a number that counts up; whoever finds a name taken b
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def _split_by_range(rows: pa.Table) -> list[tuple[int, pa.RecordBatch]]:
         rows = rows.take(pa.array(order))
     batch = rows.unify_dictionaries().combine_chunks().to_batches()[0]
     cuts = [0, *(np.flatnonzero(np.diff(ranges[order])) + 1).tolist(), len(order)]
-    return [(int(ranges[order[a]]), batch.slice(a, b - a)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(int(ranges[order[a]]), batch.slice(a, b - a)) for a, b in itertools.pairwise(cuts)]
 
 
 def open_segment(store: Store, name: str) -> tuple[pa.ipc.RecordBatchFileReader, dict[str, Terms]]:

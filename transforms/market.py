@@ -50,7 +50,10 @@ class Market:
     def load(self, pool_of: Ints) -> Floats:
         """Seconds that an assignment takes of each pool."""
         at = np.flatnonzero(pool_of >= 0)
-        return np.bincount(pool_of[at], self.seconds[at, pool_of[at]], minlength=len(self.room))
+        load: Floats = np.bincount(pool_of[at], self.seconds[at, pool_of[at]], minlength=len(self.room)).astype(
+            np.float64
+        )
+        return load
 
     def within(self, room: Floats) -> Market:
         """The same instance with other room."""
@@ -93,7 +96,7 @@ def best_chain(cost: Floats, saving: Floats) -> tuple[Ints, float]:
     Lots that nobody may serve stay UNSERVED, cost nothing and end a chain.
     """
     lots, pools = cost.shape
-    served = np.isfinite(cost).any(axis=1) if pools else np.zeros(lots, dtype=np.bool_)
+    served: Bools = np.asarray(np.isfinite(cost).any(axis=1)) if pools else np.zeros(lots, dtype=np.bool_)
     plain = np.argmin(cost, axis=1) if pools else np.zeros(lots, dtype=np.int64)
     if not np.any(saving[served] > 0):
         plain[~served] = UNSERVED

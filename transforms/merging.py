@@ -193,9 +193,9 @@ def _has_equal_neighbours(common: npt.NDArray[np.int64], lengths: npt.NDArray[np
 def _shared_tokens(
     common_bytes: npt.NDArray[np.int64], widths: pa.Array, groups: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    width = widths.to_numpy().astype(np.int64)
+    width: npt.NDArray[np.int64] = widths.to_numpy().astype(np.int64)
     # A width of one marks text: its tokens are estimates.
-    shared = common_bytes // np.where(width == 1, BYTES_PER_TOKEN, width)
+    shared: npt.NDArray[np.int64] = common_bytes // np.where(width == 1, BYTES_PER_TOKEN, width)
     if len(groups):
         shared[1:][groups[1:] != groups[:-1]] = 0
     return shared

@@ -57,7 +57,7 @@ def live_places(order: pa.Table, settled: npt.NDArray[np.bool_] | None = None) -
 
 
 def shared_with_previous(order: pa.Table, places: Int64s) -> Int64s:
-    """Tokens that each of these places shares with the one before it in ``places``; 0 for the first. Shape of places."""
+    """Tokens that each of these places shares with the one before it in ``places``; 0 for the first. Shape (n,)."""
     if len(places) == 0:
         return np.zeros(0, np.int64)
     shared = order.column("shared_tokens").to_numpy().astype(np.int64)[: places[-1] + 1]

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     """``pa.Table`` of LOT: what has no answer yet, one table a range."""
 
 
-class PlanLots(beam.PTransform):
+class PlanLots(beam.PTransform[Any, Any]):
     """PCollection of ``Split`` to ``Plan``. Bad rows are spilled apart and end as dead letters; none raises."""
 
     def __init__(self, context: RunContext, splits: Sequence[Split]) -> None:
@@ -115,12 +115,12 @@ class _FindRepeatedIds(beam.DoFn):
             else:
                 connection.register("ids", pa.concat_tables(_read_parquet(scratch, name) for name in names))
             repeated = connection.execute(
-                "WITH twice AS (SELECT request_id, min((split, row)) AS first FROM ids GROUP BY request_id HAVING count(*) > 1)"
+                "WITH twice AS (SELECT request_id, min((split, row)) AS first FROM ids"
+                " GROUP BY request_id HAVING count(*) > 1)"
                 " SELECT split, list(row) FROM ids JOIN twice USING (request_id) WHERE (split, row) > first"
                 " GROUP BY split ORDER BY split"
             ).fetchall()
-        for split, rows in repeated:
-            yield split, rows
+        yield from repeated
 
 
 def _read_parquet(store: Store, name: str) -> pa.Table:

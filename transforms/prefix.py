@@ -107,5 +107,5 @@ def cacheable_tokens(shared_tokens: Int64s, input_tokens: Int64s, block: int | I
     In sorted order the longest prefix shared with *any* earlier request is the one shared with the request just
     before, so the sum is the hit of an unbounded prefix trie. Shapes (n,); ``block`` in tokens.
     """
-    most: Int64s = np.minimum(shared_tokens, input_tokens - 1) // block * block
-    return np.maximum(most, 0)
+    most = np.minimum(shared_tokens, input_tokens - 1)
+    return np.maximum(most - most % block, 0).astype(np.int64)

@@ -332,9 +332,10 @@ def _with_input(
     taken = {name for name, _ in columns}
     inputs = layout.input_table(rows)
     names = []
-    for name in inputs.column_names:
+    for original in inputs.column_names:
+        name = original
         while name in taken:
-            name += "_in"
+            name = f"{name}_in"
         taken.add(name)
         names.append(name)
     fields = [field.with_name(name) for field, name in zip(layout.input_schema, names, strict=True)]

@@ -11,7 +11,7 @@ from apache_beam.pvalue import PBegin, PCollection
 from bidbeam.connectors.inputs import Split
 
 
-class ReadPrompts(beam.PTransform):
+class ReadPrompts(beam.PTransform[Any, Any]):
     """The splits of the input as a PCollection of ``Split``: references, spread over the workers; no row is read yet.
 
     Errors of the input itself (missing, unreadable, wrong columns) are found when the run is begun, before the graph.
@@ -22,4 +22,7 @@ class ReadPrompts(beam.PTransform):
         self._splits = tuple(splits)
 
     def expand(self, pbegin: PBegin) -> PCollection[Any]:
-        return pbegin | "List splits" >> beam.Create(self._splits) | "Spread splits" >> beam.Reshuffle()
+        splits: PCollection[Any] = (
+            pbegin | "List splits" >> beam.Create(self._splits) | "Spread splits" >> beam.Reshuffle()
+        )
+        return splits

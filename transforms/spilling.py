@@ -110,9 +110,9 @@ def group_codes(model: pa.Array, placement: pa.Array, tenant: pa.Array) -> tuple
     used, inverse = np.unique(codes, return_inverse=True)
     texts = []
     for code in used.tolist():
-        parts = []
+        parts, rest = [], code
         for names in reversed(values):
-            code, slot = divmod(code, len(names))
+            rest, slot = divmod(rest, len(names))
             parts.append(names[slot])
         texts.append("\x1f".join(reversed(parts)))
     rank = np.argsort(np.argsort(np.array(texts, dtype=object)))
@@ -121,7 +121,7 @@ def group_codes(model: pa.Array, placement: pa.Array, tenant: pa.Array) -> tuple
 
 def sorted_order(keys: pa.Array, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Row numbers in the order of (group, key); equal ones keep their order. Shape (n,)."""
-    order = pc.array_sort_indices(keys).to_numpy().astype(np.int64)
+    order: npt.NDArray[np.int64] = pc.array_sort_indices(keys).to_numpy().astype(np.int64)
     if len(groups) and groups.max() > 0:
         order = order[np.argsort(groups[order], kind="stable")]
     return order

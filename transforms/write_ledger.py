@@ -19,7 +19,7 @@ from bidbeam.transforms.publishing import Published
 from bidbeam.transforms.run_context import RunContext
 
 
-class WriteLedger(beam.PTransform):
+class WriteLedger(beam.PTransform[Any, Any]):
     """PCollection of ``SegmentRef`` (of all rounds) to one element, the run's manifest as a dict; writes it last.
 
     ``published`` is what WriteOutputs gave. Until the manifest stands, readers see nothing of the run.
@@ -38,7 +38,7 @@ class WriteLedger(beam.PTransform):
             | "Spread groups" >> beam.Reshuffle()
             | "Book attempts and charges" >> beam.ParDo(_Book(self._context))
         )
-        return (
+        manifest: PCollection[Any] = (
             pipeline
             | "End of the run" >> beam.Create([0], reshuffle=False)
             | "Write manifests"
@@ -49,6 +49,7 @@ class WriteLedger(beam.PTransform):
                 AsList(self._plan.ranges),
             )
         )
+        return manifest
 
 
 class _Group(beam.DoFn):

@@ -19,7 +19,7 @@ from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.spilling import SpillRef
 
 
-class WriteOutputs(beam.PTransform):
+class WriteOutputs(beam.PTransform[Any, Any]):
     """PCollection of ``SegmentRef`` (of all rounds) to a PCollection of ``Published``, one per written piece.
 
     ``unserved`` are the LOT tables that no round could serve: they end as dead letters. Nothing is written before all
@@ -43,7 +43,8 @@ class WriteOutputs(beam.PTransform):
         unread = self._plan.spills | "Write unreadable rows" >> beam.ParDo(
             _WriteDeadRows(self._context), AsList(segments)
         )
-        return (ranges, unread) | "Published" >> beam.Flatten()
+        published: PCollection[Any] = (ranges, unread) | "Published" >> beam.Flatten()
+        return published
 
 
 class _WriteRange(beam.DoFn):

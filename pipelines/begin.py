@@ -24,7 +24,7 @@ from bidbeam.pipelines.lease import Lease
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, read_manifest
-from bidbeam.transforms.journal import list_segments, segment_ref
+from bidbeam.transforms.journal import sound_segments
 from bidbeam.transforms.rendering import RenderSpec, check_columns
 from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
 
@@ -209,9 +209,9 @@ def make_context(
     from dataclasses import replace
 
     journal = run_dir.child("_journal")
-    earlier = list_segments(journal)
+    earlier = sound_segments(journal)
     starts = [start_of(entry.name) for entry in journal.list("start-")]
-    spent = sum((segment_ref(journal, name).cost for name in earlier), Decimal(0))
+    spent = sum((segment.cost for segment in earlier), Decimal(0))
     contexts = longest_contexts(job, facts)
     size = sum(split.size_bytes for split in plan.splits)
     pools = tuple(

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Lease:
 
     def __init__(self, journal: Store, number: int, run_id: str) -> None:
         self._journal, self._number, self._run_id = journal, number, run_id
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="bidbeam-lease", daemon=True)
         self._thread.start()
@@ -61,16 +63,20 @@ class Lease:
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_S):
             with contextlib.suppress(StoreError, OSError):
-                self._journal.replace(_name(self._number), _state())
+                self._journal.replace(_name(self._number), _state(self._since))
 
 
 def _name(number: int) -> str:
     return f"lease-{number:06d}.json"
 
 
-def _state() -> bytes:
+def _state(since: str | None = None) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    state = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "since": now, "renewed": now}
+    # The token tells two takers apart that look the same otherwise: one process, one second.
+    state = {
+        "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "born": _born(os.getpid()),
+        "since": since or now, "renewed": now, "token": uuid.uuid4().hex,
+    }  # fmt: skip
     return json.dumps(state).encode()
 
 
@@ -85,9 +91,18 @@ def _read(journal: Store, name: str) -> dict[str, str] | None:
 def _alive(holder: dict[str, str]) -> bool:
     if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
         # On this very machine there is no need to wait for a lease to run out.
-        return Path(f"/proc/{holder['pid']}").exists() if Path("/proc/self").exists() else True
+        return _born(int(holder["pid"])) == holder.get("born") if Path("/proc/self").exists() else True
     renewed = datetime.fromisoformat(str(holder["renewed"]))
     return datetime.now(UTC) - renewed < EXPIRY
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this machine began, in ticks since boot: pids come again. None where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in {"Z", "X"} else fields[19]
 
 
 def _boot() -> str:

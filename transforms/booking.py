@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
@@ -62,6 +63,8 @@ def book(context: RunContext, part: str, segments: Sequence[SegmentRef]) -> Publ
         attempts.append(tried)
         charges.append(charged)
     parts: list[PartFile] = []
+    # The same segments under other tags or another baseline are other charges, in a part of their own.
+    part = f"{part}-{hashlib.sha256(repr((context.tags, context.baseline)).encode()).hexdigest()[:8]}"
     for table, pieces in (("attempts", attempts), ("charges", charges)):
         whole = pa.concat_tables(pieces).unify_dictionaries()
         parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, whole))

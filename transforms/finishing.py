@@ -82,8 +82,10 @@ def finish(
     }
     before = read_manifest(context.run_dir)
     if before is not None and before.get("starts") == context.start:
-        return before
-    _write_output_manifest(context.run_dir, manifest, before)
+        manifest = before
+    else:
+        _write_output_manifest(context.run_dir, manifest, before)
+    _clear_unlisted(context.run_dir, manifest)
     context.journal.delete_tree(f"{context.scratch_name}/spill")
     return manifest
 
@@ -98,15 +100,20 @@ def _write_output_manifest(run_dir: Store, manifest: Mapping[str, Any], before: 
     if before is None:
         run_dir.create(name, data)
         return
-    # An earlier start ended with dead letters; its files make way only once the new ones count.
     run_dir.replace(name, data)
     if name == SUCCESS:
         run_dir.delete(INCOMPLETE)
-    listed = {file["path"] for kind in ("outputs", "dead_letters") for file in manifest[kind]}
+    else:
+        run_dir.delete(SUCCESS)
+
+
+def _clear_unlisted(run_dir: Store, manifest: Mapping[str, Any]) -> None:
+    """Deletes what earlier starts published, whole or in part: it makes way only once the new files count."""
     for kind in ("outputs", "dead_letters"):
-        for file in before.get(kind, []):
-            if file["path"] not in listed:
-                run_dir.delete(file["path"])
+        listed = {file["path"] for file in manifest[kind]}
+        for entry in run_dir.list(f"{kind}/"):
+            if entry.name not in listed:
+                run_dir.delete(entry.name)
 
 
 def _write_ledger_manifest(context: RunContext, row: RunRow, parts: Sequence[PartFile]) -> None:

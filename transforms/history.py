@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.schemas import SEGMENT
 from bidbeam.transforms.journal import list_segments, open_segment
-from bidbeam.transforms.merging import RangeRef
-from bidbeam.transforms.order import read_order
+from bidbeam.transforms.merging import RangeRef, piece_starts, read_range
+from bidbeam.transforms.order import live_places, read_order, split_group
 from bidbeam.transforms.run_context import RunContext, start_of
+from bidbeam.transforms.spilling import SpillRef, layout_of
 
 FOUND = pa.schema(
     [
@@ -29,6 +30,13 @@ FOUND = pa.schema(
         pa.field("row", pa.int32()),  # within that segment
     ]
 )
+
+_MATCH = "SELECT range, place, segment, row FROM asked JOIN attempts USING (key) ORDER BY ALL"
+_MATCH_REPEATED = """
+    WITH requests AS (SELECT *, count(*) OVER (PARTITION BY key) AS twins FROM asked)
+    SELECT range, place, segment, row FROM requests JOIN attempts
+    ON requests.key = attempts.key AND (twins = 1 OR requests.request_id = attempts.request_id) ORDER BY ALL
+"""
 
 FINAL_ALWAYS = ("caller", "policy")
 FINAL_ONCE_ENDED = ("bad_output", "auth_funds", "server", "timeout")
@@ -40,47 +48,61 @@ def earlier_segments(context: RunContext) -> list[str]:
     return [name for name in list_segments(context.journal) if start_of(name) < context.start]
 
 
-def _requests(context: RunContext, ranges: Sequence[RangeRef]) -> Iterator[pa.RecordBatch]:
+def _requests(
+    context: RunContext, ranges: Sequence[RangeRef], spills: Sequence[SpillRef] | None
+) -> Iterator[pa.RecordBatch]:
+    """The requests of all ranges; with ``spills`` their ids too."""
     for ref in ranges:
         order = read_order(context, ref.range)
-        place = np.arange(order.num_rows, dtype=np.int32)
-        leads = order.column("leader").to_numpy() == place
-        yield pa.record_batch(
-            {
-                "range": pa.array(np.full(int(leads.sum()), ref.range, np.int32)),
-                "place": pa.array(place[leads]),
-                "key": order.column("key").combine_chunks().filter(pa.array(leads)),
-            }
-        )
+        # A place that died while the plan was made asks for nothing, even if its twin was answered.
+        places = live_places(order)
+        columns = {
+            "range": pa.array(np.full(len(places), ref.range, np.int32)),
+            "place": pa.array(places.astype(np.int32)),
+            "key": order.column("key").combine_chunks().take(pa.array(places)),
+        }
+        if spills is not None:
+            at = piece_starts(spills, ref.range)[order.column("piece").to_numpy()] + order.column("index").to_numpy()
+            ids = read_range(context, spills, ref.range, [layout_of(context).index("request_id")]).column(0)
+            columns["request_id"] = ids.combine_chunks().take(pa.array(at[places]))
+        yield pa.record_batch(columns)
 
 
 def _attempts(context: RunContext, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for number, name in enumerate(names):
         reader, _ = open_segment(context.journal, name)
-        keys = reader.read_all().column("key")
+        rows = reader.read_all().select(["key", "request_id"]).combine_chunks()
         yield pa.record_batch(
             {
-                "segment": pa.array(np.full(len(keys), number, np.int32)),
-                "row": pa.array(np.arange(len(keys), dtype=np.int32)),
-                "key": keys.combine_chunks(),
+                "segment": pa.array(np.full(rows.num_rows, number, np.int32)),
+                "row": pa.array(np.arange(rows.num_rows, dtype=np.int32)),
+                "key": rows.column("key").combine_chunks(),
+                "request_id": rows.column("request_id").combine_chunks(),
             }
         )
 
 
-def match_history(context: RunContext, ranges: Sequence[RangeRef]) -> list[int]:
+def _may_repeat(ranges: Sequence[RangeRef]) -> bool:
+    """Whether two requests can have one key: it says nothing of placement, which keeps requests apart all the same."""
+    groups = {name for ref in ranges for name in ref.groups}
+    return len({(model, tenant) for model, _, tenant in map(split_group, groups)}) < len(groups)
+
+
+def match_history(context: RunContext, ranges: Sequence[RangeRef], spills: Sequence[SpillRef]) -> list[int]:
     """Finds every earlier attempt at each request of this start; writes one small file per range that has any.
 
-    Returns those ranges.
+    An attempt belongs to one request: of requests with the same key, to the one of its id. Returns those ranges.
     """
     names = earlier_segments(context)
-    left_schema = pa.schema([("range", pa.int32()), ("place", pa.int32()), ("key", pa.binary(16))])
-    right_schema = pa.schema([("segment", pa.int32()), ("row", pa.int32()), ("key", pa.binary(16))])
+    repeat = _may_repeat(ranges)
+    left = [("range", pa.int32()), ("place", pa.int32()), ("key", pa.binary(16))]
+    right = [("segment", pa.int32()), ("row", pa.int32()), ("key", pa.binary(16)), ("request_id", pa.string())]
+    requests = _requests(context, ranges, spills if repeat else None)
+    left_schema = pa.schema([*left, ("request_id", pa.string())] if repeat else left)
     with tempfile.TemporaryDirectory() as spill, duckdb.connect(config={"temp_directory": spill}) as connection:
-        connection.register("requests", pa.RecordBatchReader.from_batches(left_schema, _requests(context, ranges)))
-        connection.register("attempts", pa.RecordBatchReader.from_batches(right_schema, _attempts(context, names)))
-        joined: pa.Table = connection.execute(
-            "SELECT range, place, segment, row FROM requests JOIN attempts USING (key) ORDER BY ALL"
-        ).to_arrow_table()
+        connection.register("asked", pa.RecordBatchReader.from_batches(left_schema, requests))
+        connection.register("attempts", pa.RecordBatchReader.from_batches(pa.schema(right), _attempts(context, names)))
+        joined: pa.Table = connection.execute(_MATCH_REPEATED if repeat else _MATCH).to_arrow_table()
     found: pa.Table = joined.cast(FOUND)
     matched = []
     for range_ in pc.unique(found.column("range")).to_pylist():

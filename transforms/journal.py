@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.errors import AlreadyExists
+from bidbeam.connectors.errors import AlreadyExists, StoreError
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import PriceSchedule
 from bidbeam.connectors.schemas import SEGMENT
@@ -29,6 +31,8 @@ OVERHEAD = -1
 """The range of rows that belong to no request."""
 
 _TERMS = b"bidbeam.terms"
+_NAME = re.compile(r"start-\d+/segments/r\d+-s\d+-\d+\.arrow")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +170,28 @@ def read_batches(store: Store, segments: Iterable[SegmentRef], range_: int) -> I
 
 def list_segments(journal: Store, prefix: str = "") -> list[str]:
     """Names, relative to the journal, of the segments of all starts, or of those below ``prefix``, oldest first."""
-    return [
-        entry.name
-        for entry in journal.list(prefix)
-        if "/segments/" in f"/{entry.name}" and entry.name.endswith(".arrow")
-    ]
+    return [entry.name for entry in journal.list(prefix) if _NAME.fullmatch(entry.name)]
+
+
+def sound_segments(journal: Store) -> list[SegmentRef]:
+    """The segments of all starts, oldest first. A damaged one is set aside with a warning, for nobody to meet again.
+
+    Only who holds the run may call this.
+    """
+    found = []
+    for name in list_segments(journal):
+        try:
+            found.append(segment_ref(journal, name))
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
+            _log.warning(
+                "%s is damaged (%s) and set aside; what it settled is asked for again",
+                journal.url_of(name), type(error).__name__,
+            )  # fmt: skip
+            journal.create(f"{name}.damaged", journal.read(name))
+            journal.delete(name)
+    return found
 
 
 def segment_ref(journal: Store, name: str) -> SegmentRef:

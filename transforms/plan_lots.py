@@ -63,7 +63,7 @@ class PlanLots(beam.PTransform[Any, Any]):
         matched: PCollection[Any] = (
             pipeline
             | "Look at journal" >> beam.Create([0] if context.has_history else [], reshuffle=False)
-            | "Find what is settled" >> beam.ParDo(_MatchHistory(context), AsList(ranges))
+            | "Find what is settled" >> beam.ParDo(_MatchHistory(context), AsList(ranges), AsList(spills))
         )
         lots = ranges | "Cut lots" >> beam.ParDo(_CutLots(context), AsList(matched))
         return Plan(spills, ranges, lots)
@@ -144,9 +144,9 @@ class _MatchHistory(beam.DoFn):
     def __init__(self, context: RunContext) -> None:
         self._context = context
 
-    def process(self, _: int, ranges: Sequence[RangeRef]) -> Iterator[int]:
+    def process(self, _: int, ranges: Sequence[RangeRef], spills: Sequence[SpillRef]) -> Iterator[int]:
         with reported(self._context):
-            yield from match_history(self._context, ranges)
+            yield from match_history(self._context, ranges, spills)
 
 
 class _CutLots(beam.DoFn):

@@ -1,0 +1,339 @@
+"""A shift: several pools at once, each in lot order, and what becomes of their requests when one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from small_plans import Planned, make_context, make_plan, write_input
+
+from bidbeam.connectors.engine import RESULT_SCHEMA
+from bidbeam.connectors.errors import Interrupted, PoolDown
+from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
+from bidbeam.transforms import stopping
+from bidbeam.transforms.bid import terms_of
+from bidbeam.transforms.engines import Slot
+from bidbeam.transforms.journal import SegmentRef, read_segment
+from bidbeam.transforms.shift import Award, Shift, ShiftTask
+
+AT = datetime(2026, 1, 2, tzinfo=UTC)
+TOKENS = {"uncached_input": Decimal("1E-7"), "output": Decimal("4E-7")}
+HOURS = {name: Decimal("0.000197222222222") for name in ("accelerator_second", "accelerator_idle_second", "setup")}
+
+
+class Scripted:
+    """An engine of ``window`` places. ``outcome`` says of each tag how it ends; ``dies_after`` so many answers it is
+    gone: ``gone`` raises at once, ``falls`` gives back what it had not begun, then what it had."""
+
+    wants = frozenset({"prompt"})
+
+    def __init__(
+        self,
+        window: int = 4,
+        outcome: Callable[[int], dict[str, Any]] = lambda tag: {},
+        dies_after: int | None = None,
+        how: str = "gone",
+        holds: bool = False,
+    ) -> None:
+        self.window, self.outcome, self.dies_after, self.how, self.holds = window, outcome, dies_after, how, holds
+        self.tags: list[int] = []
+        self.given_up: list[dict[str, Any]] = []
+        self.waiting: list[dict[str, Any]] = []
+        self.answered = 0
+        self.dead = self.closed = False
+
+    @property
+    def room(self) -> int:
+        return 0 if self.dead else self.window - self.in_flight
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.waiting) + len(self.given_up)
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        self.wake = wake
+
+    def submit(self, requests: pa.RecordBatch) -> None:
+        assert requests.num_rows <= self.room or self.dead
+        if self.dead and not self.in_flight:
+            raise PoolDown("gone for good")
+        self.waiting += requests.to_pylist()
+        self.tags += requests.column("tag").to_pylist()
+        assert len(set(self.tags)) == len(self.tags), "a request was sent twice"
+        self.wake()
+
+    def poll(self) -> list[pa.RecordBatch]:
+        results, self.given_up = self.given_up, []
+        if self.dies_after is not None and self.answered >= self.dies_after and not self.dead:
+            self.dead = True
+            begun, rest = self.waiting[: self.window // 2], self.waiting[self.window // 2 :]
+            self.waiting = []
+            if self.how == "gone":
+                raise PoolDown("the line went dead")
+            self.given_up = [_result(r, status="cancelled", error_message="given up in flight") for r in begun]
+            results += [_result(r, status="cancelled", error_message="not sent") for r in rest]
+        if self.dead and not results:
+            raise PoolDown("the line went dead")
+        if self.waiting and not self.holds:
+            done, self.waiting = self.waiting[:1], self.waiting[1:]
+            self.answered += 1
+            results += [_result(row, **self.outcome(row["tag"])) for row in done]
+        if not self.holds:
+            self.wake()
+        return [pa.RecordBatch.from_pylist(results, RESULT_SCHEMA)] if results else []
+
+    def cancel(self) -> None:
+        self.given_up += [_result(row, status="cancelled", error_message="given up in flight") for row in self.waiting]
+        self.waiting = []
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _result(row: dict[str, Any], **given: Any) -> dict[str, Any]:
+    answer = {"output": f"to {row['prompt']}", "input_tokens": 10, "output_tokens": 2, "usage_source": "reported"}
+    result = {"tag": row["tag"], "status": "ok", "started_at": AT, "finished_at": AT, **given}
+    return result | (answer if result["status"] == "ok" else {})
+
+
+def pool(name: str, prices: Any = TOKENS, **keys: Any) -> PoolSpec:
+    kind = "vllm" if prices is HOURS else "openai"
+    return PoolSpec(name, kind, {"m": "m"}, PriceSchedule(f"price-{name}", name, prices), Capacity(4), **keys)
+
+
+class Stage:
+    """A planned input with its pools; runs one shift over scripted engines and reads back its segments."""
+
+    def __init__(self, home: Path, rows: int = 24, pools: tuple[PoolSpec, ...] = (), **keys: Any) -> None:
+        self.pools = pools or (pool("near"), pool("far"))
+        table = pa.table({"prompt": [f"shared beginning {n:03d}" for n in range(rows)]})
+        plan = write_input(home, {"a.parquet": table}, rows)
+        self.plan: Planned = make_plan(make_context(home, plan, lot_tokens=60, pools=self.pools, **keys), plan)
+        self.context = self.plan.context
+
+    def task(self, split: dict[str, int], runner_up: str | None = None, round_: int = 1, **award: Any) -> ShiftTask:
+        """The lots dealt in order: so many to each pool."""
+        offered = self.plan.lots.append_column(
+            "runner_up", pa.array([runner_up] * self.plan.lots.num_rows, pa.string())
+        )
+        awards, at = [], 0
+        terms = {spec.name: {"m": terms_of(self.context, spec, "m")} for spec in self.pools}
+        for name, count in split.items():
+            part = offered.slice(at, count)
+            awards.append(Award(name, 0, part, terms[name], award.get("reserved_ms")))
+            at += count
+        assert at == self.plan.lots.num_rows
+        return ShiftTask(round_, 0, tuple(awards), {(name, "m"): terms[name]["m"] for name in terms})
+
+    def run(self, task: ShiftTask, engines: dict[str, Scripted], **keys: Any) -> tuple[pa.Table, pa.Table]:
+        """The rows of all segments that the shift gave, and what it left unserved."""
+        context = keys.pop("context", self.context)
+        slots = {name: Slot(engine, lambda timeout_s: 7) for name, engine in engines.items()}
+        shift = Shift(task, context, self.plan.spills, slot=lambda name, model, replica: slots[name], **keys)
+        segments: list[SegmentRef] = []
+        unserved = None
+        for result in shift.run():
+            if result.segment is not None:
+                segments.append(result.segment)
+            if result.unserved is not None:
+                unserved = result.unserved
+        assert unserved is not None
+        assert len({segment.name for segment in segments}) == len(segments)
+        tables = [read_segment(context.journal, segment.name)[0] for segment in segments]
+        return pa.concat_tables(tables), unserved
+
+
+def places(lots: pa.Table) -> list[int]:
+    return sorted(int(place) for lot in lots.column("places").to_pylist() for place in np.frombuffer(lot, "<u4"))
+
+
+def tags(rows: pa.Table, **wanted: str) -> list[int]:
+    return sorted(row["tag"] for row in rows.to_pylist() if row["tag"] is not None and wanted.items() <= row.items())
+
+
+def test_every_pool_works_through_its_lots_in_order(tmp_path: Path) -> None:
+    """Each engine gets its own lots' requests once, in the order of the plan, and nothing is left."""
+    stage = Stage(tmp_path)
+    lots = stage.plan.lots.num_rows
+    near, far = Scripted(), Scripted(3)
+    rows, unserved = stage.run(stage.task({"near": lots - 2, "far": 2}), {"near": near, "far": far})
+    assert near.tags == sorted(near.tags)
+    assert far.tags == sorted(far.tags)
+    assert near.tags + far.tags == list(range(24)) == tags(rows, status="ok")
+    assert unserved.num_rows == 0
+    assert {row["pool"] for row in rows.to_pylist()} == {"near", "far"}
+
+
+@pytest.mark.parametrize("how", ["gone", "falls"])
+def test_a_pool_that_dies_hands_its_lots_to_the_runner_up(tmp_path: Path, how: str) -> None:
+    """What a dead pool was not asked for is served by the runner-up in the same shift; what it was asked for is lost."""
+    stage = Stage(tmp_path)
+    near, far = Scripted(4, dies_after=5, how=how), Scripted()
+    lots = stage.plan.lots.num_rows
+    rows, unserved = stage.run(stage.task({"near": lots}, "far"), {"near": near, "far": far})
+    lost = tags(rows, status="lost")
+    begun = 4 if how == "gone" else 2
+    assert lost == near.tags[5 : 5 + begun]
+    assert tags(rows, status="ok") == sorted(set(range(24)) - set(lost))
+    assert sorted({*near.tags[:5], *lost} | set(far.tags)) == list(range(24))
+    assert not set(far.tags) & set(lost)
+    assert places(unserved) == lost
+    assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {2}
+    assert all(lot["failed_on"] == ["near"] and lot["last_error"] == "server" for lot in unserved.to_pylist())
+    worst = {row["tag"]: row for row in rows.to_pylist() if row["status"] == "lost"}
+    for row in worst.values():
+        assert row["cost"] == row["input_tokens"] * Decimal("1E-7") + row["output_tokens"] * Decimal("4E-7") > 0
+        assert (row["usage_source"], row["output_tokens"], row["error_class"]) == ("estimate", 4, "server")
+
+
+def test_a_dead_engine_paid_by_time_costs_its_seconds_and_no_tokens(tmp_path: Path) -> None:
+    """Requests that die with our own engine are failed attempts that share its time, and setup is booked once."""
+    stage = Stage(tmp_path, pools=(pool("own", HOURS), pool("far")))
+    own, far = Scripted(4, dies_after=3), Scripted()
+    rows, unserved = stage.run(stage.task({"own": stage.plan.lots.num_rows}, "far"), {"own": own, "far": far})
+    assert len(tags(rows, status="failed", pool="own")) == 4
+    assert tags(rows, status="lost") == []
+    assert places(unserved) == tags(rows, status="failed")
+    setup = [row for row in rows.to_pylist() if row["q_setup"] is not None]
+    assert [row["q_setup"] for row in setup] == [Decimal("0.007")]
+    assert all(row["tag"] is None and row["kind"] == "overhead" for row in setup)
+
+
+def test_without_a_runner_up_what_was_not_sent_keeps_its_first_attempt(tmp_path: Path) -> None:
+    """The next round gets the failed and the unsent part of a lot apart: one had its attempt, the other did not."""
+    stage = Stage(tmp_path)
+    near = Scripted(4, dies_after=5)
+    rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
+    left = unserved.to_pylist()
+    assert len({lot["lot_id"] for lot in left}) == len(left)
+    assert len({place for lot in left for place in np.frombuffer(lot["places"], "<u4").tolist()}) == 19
+    assert places(unserved) == sorted(set(range(24)) - set(tags(rows, status="ok")))
+    tried = [lot for lot in left if lot["attempt_no"] == 2]
+    assert places(pa.Table.from_pylist(tried, unserved.schema)) == tags(rows, status="lost")
+    assert {lot["round"] for lot in left} == {2}
+    assert all(lot["requests"] == len(lot["places"]) // 4 for lot in left)
+
+
+def test_a_failed_request_goes_to_the_next_round_unless_it_was_at_fault_itself(tmp_path: Path) -> None:
+    """A request that the pool refused is final; any other failure is tried again, one attempt further."""
+    ends = {3: "caller", 5: "policy", 7: "server", 9: "bad_output", 11: "timeout", 13: "rate"}
+    near = Scripted(outcome=lambda tag: {"status": "failed", "error_class": ends[tag]} if tag in ends else {})
+    stage = Stage(tmp_path)
+    rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
+    assert tags(rows, status="failed") == sorted(ends)
+    assert places(unserved) == [7, 9, 11, 13]
+    assert sum((row["cost"] for row in rows.to_pylist() if row["status"] == "failed"), Decimal(0)) == 0
+
+
+def test_a_retried_bundle_skips_what_it_settled(tmp_path: Path) -> None:
+    """A shift that ran before in part sends only the rest, counts its earlier segments, and forgets no failure."""
+    stage = Stage(tmp_path)
+    task = stage.task({"near": stage.plan.lots.num_rows}, "far")
+    first = Scripted(outcome=lambda tag: {"status": "failed", "error_class": "server"} if tag == 1 else {})
+    whole = Shift(task, stage.context, stage.plan.spills, slot=lambda *_: Slot(first))
+    whole._open_lanes()
+    lane = next(iter(whole._lanes.values()))
+    for _ in range(9):
+        lane.fill()
+        lane.poll()
+    kept = [result.segment for result in whole._flush(final=False)] + [r.segment for r in whole._written(keep=0)]
+    assert [segment.rows for segment in kept if segment] == [9]
+
+    second = Scripted()
+    rows, unserved = stage.run(task, {"near": second, "far": Scripted()})
+    assert second.tags == list(range(9, 24))
+    assert tags(rows, status="ok") == [n for n in range(24) if n != 1]
+    assert places(unserved) == [1]
+    # Nothing at all is left for a third.
+    third = Scripted()
+    rows, unserved = stage.run(task, {"near": third, "far": Scripted()})
+    assert third.tags == []
+    assert tags(rows) == list(range(24))
+    assert places(unserved) == [1]
+
+
+def test_after_the_deadline_nothing_more_is_sent(tmp_path: Path) -> None:
+    """What is in flight at the deadline is still taken in; the rest is left over for its want of time."""
+    stage = Stage(tmp_path, deadline_at=AT)
+    near = Scripted()
+    clock = iter([AT.replace(year=2025)] * 4)
+    rows, unserved = stage.run(
+        stage.task({"near": stage.plan.lots.num_rows}), {"near": near}, now=lambda: next(clock, AT)
+    )
+    assert 0 < len(near.tags) < 24
+    assert tags(rows, status="ok") == near.tags
+    assert places(unserved) == sorted(set(range(24)) - set(near.tags))
+    assert {(lot["last_error"], lot["attempt_no"]) for lot in unserved.to_pylist()} == {("deadline", 1)}
+    assert all(lot["failed_on"] == [] for lot in unserved.to_pylist())
+
+
+def test_reserved_time_is_a_wall(tmp_path: Path) -> None:
+    """A pool that has used up its reserved seconds is cancelled, and that is no fault of the pool's."""
+    stage = Stage(tmp_path, pools=(pool("own", HOURS),))
+    own = Scripted(4, holds=True)
+    task = stage.task({"own": stage.plan.lots.num_rows}, reserved_ms=2_050)
+    rows, unserved = stage.run(task, {"own": own})
+    assert tags(rows, status="cancelled") == own.tags
+    assert places(unserved) == list(range(24))
+    assert {lot["last_error"] for lot in unserved.to_pylist()} == {"budget"}
+    assert all(lot["failed_on"] == [] for lot in unserved.to_pylist())
+
+
+def test_nothing_goes_where_it_may_not_even_if_the_market_said_so(tmp_path: Path) -> None:
+    """The engine's door checks placement again, for the winner and for the runner-up."""
+    stage = Stage(tmp_path, pools=(pool("near", placement={"zdr": False}), pool("far", placement={"zdr": True})))
+    lots = stage.plan.lots
+    strict = lots.set_column(
+        lots.schema.get_field_index("placement"), "placement", pa.array(['{"zdr":true}'] * lots.num_rows, pa.string())
+    )
+    stage.plan = replace(stage.plan, lots=strict)
+    near, far = Scripted(), Scripted(dies_after=3)
+    half = lots.num_rows // 2
+    task = stage.task({"near": half, "far": lots.num_rows - half}, "near")
+    rows, unserved = stage.run(task, {"near": near, "far": far})
+    assert near.tags == []
+    assert len(tags(rows)) + len(places(unserved)) - len(tags(rows, status="lost")) == 24
+    assert {lot["last_error"] for lot in unserved.to_pylist()} == {"no_eligible_pool", "server"}
+
+
+def test_an_interrupted_shift_keeps_what_is_settled_and_says_so(tmp_path: Path) -> None:
+    """After a signal nothing more is sent, what was in flight is journalled, and the shift ends as interrupted."""
+    stage = Stage(tmp_path)
+    near = Scripted()
+
+    def stop(tag: int) -> dict[str, Any]:
+        if tag == 5:
+            stopping.request()
+        return {}
+
+    near.outcome = stop
+    task = stage.task({"near": stage.plan.lots.num_rows})
+    try:
+        with pytest.raises(Interrupted):
+            stage.run(task, {"near": near})
+    finally:
+        stopping.clear()
+    assert len(near.tags) < 24
+    again = Scripted()
+    rows, unserved = stage.run(task, {"near": again})
+    assert again.tags == sorted(set(range(24)) - set(near.tags))
+    assert (tags(rows, status="ok"), unserved.num_rows) == (list(range(24)), 0)
+
+
+def test_progress_counts_all_that_is_spent(tmp_path: Path) -> None:
+    """A lane's cost is that of its segments' rows, setup and idle time included; its counts are of requests alone."""
+    stage = Stage(tmp_path, pools=(pool("own", HOURS),))
+    task = stage.task({"own": stage.plan.lots.num_rows})
+    slot = Slot(Scripted(), lambda timeout_s: 1500)
+    shift = Shift(task, stage.context, stage.plan.spills, slot=lambda *_: slot)
+    segments = [result.segment for result in shift.run() if result.segment is not None]
+    lane = next(iter(shift._lanes.values()))
+    assert lane.cost == sum((segment.cost for segment in segments), Decimal(0)) > Decimal("1.5") * HOURS["setup"]
+    assert (lane.settled, lane.failed, lane.input_tokens, lane.output_tokens) == (24, 0, 240, 48)

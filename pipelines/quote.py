@@ -50,7 +50,6 @@ def quote_job(job: Job, *, now: datetime | None = None) -> Quote:
 def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision | None]:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.pvalue import AsList
 
     from bidbeam.transforms import decisions
     from bidbeam.transforms.bid import Bid
@@ -66,7 +65,7 @@ def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision 
             _ = (
                 pipeline
                 | "Count" >> beam.Create([context], reshuffle=False)
-                | "Write counts" >> beam.FlatMap(_write_counts, AsList(planned.spills), AsList(planned.ranges))
+                | "Write counts" >> beam.FlatMap(_write_counts, planned.all_spills, planned.all_ranges)
             )
     except Exception as error:
         cause = failure_of(context.scratch)

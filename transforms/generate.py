@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.pvalue import AsList, PCollection, TaggedOutput
+from apache_beam.pvalue import PCollection, TaggedOutput
 
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.journal import SegmentRef
@@ -39,7 +39,7 @@ class Generate(beam.PTransform[Any, Any]):
         self._context, self._plan, self._accelerator = context, plan, accelerator
 
     def expand(self, tasks: PCollection[Any]) -> Answers:
-        work = beam.ParDo(_RunShift(self._context), AsList(self._plan.spills)).with_outputs(_UNSERVED, main="segments")
+        work = beam.ParDo(_RunShift(self._context), self._plan.all_spills).with_outputs(_UNSERVED, main="segments")
         if self._accelerator is not None:
             work = work.with_resource_hints(accelerator=self._accelerator)
         done = tasks | "Spread shifts" >> beam.Reshuffle() | "Run shifts" >> work

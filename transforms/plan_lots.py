@@ -20,11 +20,12 @@ from bidbeam.transforms.lots import lots_of_places
 from bidbeam.transforms.merging import RangeRef, merge_range
 from bidbeam.transforms.order import live_places, read_order
 from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.side_inputs import listed
 from bidbeam.transforms.spilling import Bound, SpillRef, choose_bounds, sample_keys, sampled_splits, spill_split
 
 
 class Plan(NamedTuple):
-    """What PlanLots gives: all PCollections of references."""
+    """What PlanLots gives: PCollections of references."""
 
     spills: PCollection[Any]
     """``SpillRef``: where each split's sorted rows are."""
@@ -32,6 +33,10 @@ class Plan(NamedTuple):
     """``RangeRef``: where each range's order is."""
     lots: PCollection[Any]
     """``pa.Table`` of LOT: what has no answer yet, one table a range."""
+    all_spills: AsList
+    """``spills`` as a side input."""
+    all_ranges: AsList
+    """``ranges`` as a side input."""
 
 
 class PlanLots(beam.PTransform[Any, Any]):
@@ -50,23 +55,25 @@ class PlanLots(beam.PTransform[Any, Any]):
             | "Sample" >> beam.ParDo(_Sample(context))
         )
         spills = splits | "Render and sort" >> beam.ParDo(_Spill(context), AsList(samples))
+        all_spills = listed(spills, "All spills")
         repeated: PCollection[Any] = (
             pipeline
             | "Look at ids" >> beam.Create([0] if context.render.prompt.id is not None else [], reshuffle=False)
-            | "Find repeated ids" >> beam.ParDo(_FindRepeatedIds(context), AsList(spills))
+            | "Find repeated ids" >> beam.ParDo(_FindRepeatedIds(context), all_spills)
         )
         ranges = (
             pipeline
             | "List ranges" >> beam.Create(range(context.ranges))
-            | "Merge" >> beam.ParDo(_Merge(context), AsList(spills), AsList(repeated))
+            | "Merge" >> beam.ParDo(_Merge(context), all_spills, AsList(repeated))
         )
+        all_ranges = listed(ranges, "All ranges")
         matched: PCollection[Any] = (
             pipeline
             | "Look at journal" >> beam.Create([0] if context.has_history else [], reshuffle=False)
-            | "Find what is settled" >> beam.ParDo(_MatchHistory(context), AsList(ranges), AsList(spills))
+            | "Find what is settled" >> beam.ParDo(_MatchHistory(context), all_ranges, all_spills)
         )
         lots = ranges | "Cut lots" >> beam.ParDo(_CutLots(context), AsList(matched))
-        return Plan(spills, ranges, lots)
+        return Plan(spills, ranges, lots, all_spills, all_ranges)
 
 
 def _tools(context: RunContext) -> Mapping[str, ModelTools | None]:

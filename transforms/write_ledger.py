@@ -46,7 +46,7 @@ class WriteLedger(beam.PTransform[Any, Any]):
                 _Finish(self._context, self._record),
                 AsList(self._published),
                 AsList(booked),
-                AsList(self._plan.ranges),
+                self._plan.all_ranges,
             )
         )
         return manifest

@@ -35,9 +35,7 @@ class WriteOutputs(beam.PTransform[Any, Any]):
             self._plan.ranges
             | "Spread ranges" >> beam.Reshuffle()
             | "Write ranges"
-            >> beam.ParDo(
-                _WriteRange(self._context), AsList(self._plan.spills), AsList(segments), AsList(self._unserved)
-            )
+            >> beam.ParDo(_WriteRange(self._context), self._plan.all_spills, AsList(segments), AsList(self._unserved))
         )
         # The segments hold these back too: dead letters stand only once everything is settled.
         unread = self._plan.spills | "Write unreadable rows" >> beam.ParDo(

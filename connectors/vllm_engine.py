@@ -330,9 +330,13 @@ class VllmEngine:
 
     # -- what the shift calls ---------------------------------------------------------------------------------------
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether loading has ended, well or badly, at the latest in ``timeout_s``; ``ready`` then returns at once."""
+        return self._settled.wait(timeout_s)
+
     def ready(self, timeout_s: float = 600.0) -> EngineFacts:
         """Waits until the model is loaded. Raises ModelError, with the reason, when it does not load in time."""
-        if not self._settled.wait(timeout_s):
+        if not self.wait(timeout_s):
             raise ModelError(
                 f"pool {self.config.name!r}: {self.config.model_dir} did not load within {timeout_s:.0f} s"
             )

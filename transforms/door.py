@@ -62,7 +62,6 @@ class LotRequests:
     lot_id: str
     requests: pa.RecordBatch
     info: pa.RecordBatch
-    ideal_cached_tokens: int
 
 
 class Door:
@@ -128,9 +127,10 @@ class Door:
                 "tokens_exact": _array(spilled, "tokens_exact"),
                 "max_tokens": columns["max_tokens"],
                 "n": _array(spilled, "n").cast(pa.int16()),
+                "ideal_cached_tokens": pa.array(reusable.astype(np.int32)),
             }
         )
-        return LotRequests(str(lot["lot_id"]), requests, info, int(reusable.sum()))
+        return LotRequests(str(lot["lot_id"]), requests, info)
 
     def _range(self, range_: int, wants: frozenset[str]) -> tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]:
         key = (range_, wants)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
+from typing import cast
 
 from bidbeam.connectors import registry
 from bidbeam.connectors.engine import Engine
-from bidbeam.connectors.errors import ModelError
+from bidbeam.connectors.errors import Interrupted, ModelError
 from bidbeam.connectors.pools import PoolSpec
+from bidbeam.transforms import stopping
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.run_context import RunContext
 
 LOAD_TIMEOUT_S = 3600.0
 """Seconds that an engine may take to load: large models on cold disks do take most of an hour."""
+_TICK_S = 0.25
+_TERMS = frozenset({"price", "placement", "context"})
+"""What a pool may say anew, about itself or its prices, and still be the same engine."""
 
 
 def clock_ms() -> int:
@@ -22,23 +28,45 @@ def clock_ms() -> int:
 
 
 class Slot:
-    """An engine with the clock that its accelerator is paid by. What the registry keeps, and closes."""
+    """An engine with the clock that its accelerator is paid by. What the registry keeps, and closes.
 
-    def __init__(self, engine: Engine, ready: Callable[[], int] | None = None) -> None:
+    ``setup`` waits so many seconds for the engine to load and gives the milliseconds that loading took, None while it
+    still does; it raises ModelError where it never will. Without one the engine needs no loading.
+    """
+
+    def __init__(self, engine: Engine, setup: Callable[[float], int | None] | None = None) -> None:
         self.engine = engine
-        self._ready = ready
+        self._setup = setup
         self._meter: AcceleratorMeter | None = None
 
     @property
     def dead(self) -> bool:
         return bool(getattr(self.engine, "dead", False))
 
-    def meter(self) -> AcceleratorMeter:
-        """The accelerator's clock; waits until the engine is loaded, because loading is setup. Raises ModelError."""
+    def loaded(self, timeout_s: float = 0.0) -> bool:
+        """Whether the engine has loaded, at the latest in ``timeout_s``. Raises ModelError where it never will."""
         if self._meter is None:
-            setup_ms = self._ready() if self._ready is not None else 0
+            setup_ms = self._setup(timeout_s) if self._setup is not None else 0
+            if setup_ms is None:
+                return False
             self._meter = AcceleratorMeter(clock_ms, clock_ms(), setup_ms=setup_ms)
-        return self._meter
+        return True
+
+    def wait(self) -> None:
+        """Waits until the engine has loaded. Raises ModelError where it does not, Interrupted on a signal meanwhile."""
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
+        while not self.loaded(_TICK_S):
+            if stopping.requested():
+                raise Interrupted("stopped by a signal before the engines were loaded; nothing was sent")
+            if time.monotonic() >= deadline:
+                raise ModelError(
+                    f"an engine did not load within {LOAD_TIMEOUT_S:.0f} s; see whether the model's store answers"
+                )
+
+    def meter(self) -> AcceleratorMeter:
+        """The accelerator's clock, which starts when the engine has loaded: loading is setup. Waits like ``wait``."""
+        self.wait()
+        return cast(AcceleratorMeter, self._meter)
 
     def close(self) -> None:
         self.engine.close()
@@ -46,7 +74,8 @@ class Slot:
 
 def slot_for(context: RunContext, spec: PoolSpec, model: str, replica: int = 0) -> Slot:
     """The slot of one model on one pool in this process; starts loading on first use and returns at once."""
-    key = (context.rehearse, spec.name, model, replica, repr(spec))
+    same = [getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name not in _TERMS]
+    key = (context.rehearse, model, replica, repr(same))
     return registry.acquire(key, lambda: _start(context, spec, model))
 
 
@@ -70,10 +99,10 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
         share = sum(p.capacity.workers for p in context.pools if p.kind == "vllm" and p.accelerator is None)
         engine = VllmEngine.start(config, share=max(share, 1))
 
-        def ready() -> int:
-            return round(engine.ready(LOAD_TIMEOUT_S).load_s * 1000)
+        def setup(timeout_s: float) -> int | None:
+            return round(engine.ready().load_s * 1000) if engine.wait(timeout_s) else None
 
-        return Slot(engine, ready)
+        return Slot(engine, setup)
     from bidbeam.connectors.http_engine import HttpEngine
 
     return Slot(HttpEngine(spec, model))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import RESULT_SCHEMA, Engine
-from bidbeam.connectors.errors import PoolDown
+from bidbeam.connectors.errors import ModelError, PoolDown
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.door import LotRequests
@@ -46,6 +46,8 @@ class Lane:
     overhead_id: Callable[[int], bytes]
     """The attempt id of the lane's n-th overhead row."""
     round: int
+    loaded: Callable[[], bool] = lambda: True
+    """Whether the engine has loaded; nothing is sent before. Raises ModelError where it never will."""
     reserved_ms: int | None = None
     """The most busy milliseconds that this round may use of the accelerator; None: no bound."""
     queue: deque[Lot] = field(default_factory=deque)
@@ -71,6 +73,7 @@ class Lane:
     _results: list[pa.RecordBatch] = field(default_factory=list)
     _returned: list[tuple[Lot, Tags]] = field(default_factory=list)
     _overheads: int = 0
+    _ready: bool = False
     _closed_ms: int = 0
 
     @property
@@ -88,6 +91,11 @@ class Lane:
         return self.open and (self._opened is not None or bool(self.queue))
 
     @property
+    def hungry(self) -> bool:
+        """Whether it takes more at this very moment."""
+        return self.waiting and self._ready and self.engine.room > 0
+
+    @property
     def open(self) -> bool:
         """Whether it takes requests."""
         return not self.down and not self.stopped and not self.closing
@@ -99,14 +107,15 @@ class Lane:
     def fill(self) -> None:
         """Hands the engine the next requests, in lot order, until its window is full. May find the pool down."""
         try:
-            while self.waiting and (room := self.engine.room) > 0:
+            self._ready = self._ready or (self.waiting and self.loaded())
+            while self.hungry:
+                room = self.engine.room
                 if self._opened is None:
                     lot = self.queue.popleft()
                     self._opened, self._at = self.open_lot(lot, self.engine), 0
                     if self._opened is None:
                         continue
                     self.lots[self._opened.lot_id] = lot
-                    self.ideal_cached_tokens += self._opened.ideal_cached_tokens
                 part = self._opened.requests.slice(self._at, room)
                 if self.meter is not None and self.engine.in_flight == 0:
                     self.meter().busy()
@@ -118,7 +127,7 @@ class Lane:
                 self.submitted += part.num_rows
                 if self._at >= self._opened.requests.num_rows:
                     self._opened = None
-        except PoolDown as error:
+        except (ModelError, PoolDown) as error:
             self.mark_down(str(error))
 
     def poll(self) -> None:
@@ -186,6 +195,7 @@ class Lane:
             results = pa.Table.from_batches(self._results, schema=RESULT_SCHEMA).combine_chunks().to_batches()[0]
             self._results = []
             requests = self._match(results.column("tag").to_numpy())
+            self.ideal_cached_tokens += pc.sum(requests.column("ideal_cached_tokens")).as_py()
             if not metered and (unknown := _outcome_unknown(results)) is not None:
                 rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
                 requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))

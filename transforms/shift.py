@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import Engine
-from bidbeam.connectors.errors import Interrupted, PoolDown
+from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
 from bidbeam.transforms import heartbeat, stopping
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
@@ -132,14 +132,15 @@ class Shift:
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
         self._lanes: dict[tuple[str, str, int], Lane] = {}
+        self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def run(self) -> Iterator[ShiftResult]:
         """Works until nothing is left or nothing can go on; yields each segment once it is safely on the store."""
         yield from self._earlier_try()
-        self._open_lanes()
-        last_flush = time.monotonic()
         stop_at: float | None = None
         with heartbeat.of(self._context, self._task.prefix, self._lanes.values) as beat:
+            self._open_lanes()
+            last_flush = time.monotonic()
             while not all(lane.idle for lane in self._lanes.values()):
                 for lane in list(self._lanes.values()):
                     lane.fill()
@@ -153,7 +154,7 @@ class Shift:
                     yield from self._flush(final=False)
                     last_flush = time.monotonic()
                     beat()
-                elif not pending or all(lane.engine.room == 0 or not lane.waiting for lane in self._lanes.values()):
+                elif not pending or not any(lane.hungry for lane in self._lanes.values()):
                     self._wake.wait(_TICK_S)
                     self._wake.clear()
             yield from self._flush(final=True)
@@ -189,15 +190,24 @@ class Shift:
                 self._lots[lot["lot_id"]] = lot
         if self._failed_before is not None:
             self._note_failures(self._failed_before)
-        # A model that does not load is a mistake in the job: found before anything is sent anywhere.
-        for lane in self._lanes.values():
-            if lane.meter is not None:
-                lane.meter()
+        for key, lane in list(self._lanes.items()):
+            try:
+                self._slots[key].wait()
+            except ModelError as error:
+                if self._task.round == 1:
+                    # A mistake in the job, found before anything is sent anywhere.
+                    raise
+                lane.mark_down(str(error))
+            except PoolDown as error:
+                lane.mark_down(str(error))
+        for lane in list(self._lanes.values()):
+            if lane.down:
+                self._hand_over(lane)
 
     def _lane(self, pool: str, model: str, replica: int, terms: Terms, reserved_ms: int | None) -> Lane:
         key = (pool, model, replica)
         if key not in self._lanes:
-            slot = self._slot(pool, model, replica)
+            slot = self._slots[key] = self._slot(pool, model, replica)
             slot.engine.listen(self._wake.set)
             digest = f"{self._context.run_id}|{self._context.start}|{self._task.prefix}|{pool}|{model}|{replica}"
             self._lanes[key] = Lane(
@@ -209,6 +219,7 @@ class Shift:
                 open_lot=self._open_lot,
                 overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._flushes}|{number}".encode()).digest()[:16],
                 round=self._task.round,
+                loaded=slot.loaded,
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]

@@ -22,6 +22,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.pipelines.job import Job, check_fx, check_keys
 from bidbeam.pipelines.lease import Lease
 from bidbeam.transforms.charging import Baseline
+from bidbeam.transforms.compaction import compact
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, read_manifest
 from bidbeam.transforms.journal import sound_segments
@@ -209,9 +210,13 @@ def make_context(
     from dataclasses import replace
 
     journal = run_dir.child("_journal")
+    ended = None if manifest is None else int(manifest["starts"])
+    if ended is not None:
+        # That start may have been cut short while it tidied up.
+        compact(journal, ended)
     earlier = sound_segments(journal)
-    starts = [start_of(entry.name) for entry in journal.list("start-")]
-    spent = sum((segment.cost for segment in earlier), Decimal(0))
+    starts = [ended or 0, *(start_of(entry.name) for entry in journal.list("start-"))]
+    spent = sum((segment.cost for segment in earlier), Decimal(0 if manifest is None else manifest["cost"]))
     contexts = longest_contexts(job, facts)
     size = sum(split.size_bytes for split in plan.splits)
     pools = tuple(
@@ -221,7 +226,7 @@ def make_context(
     return RunContext(
         run_id=job.run_id,
         run_date=job.run_date,
-        start=max(starts, default=0) + 1,
+        start=max(starts) + 1,
         started_at=started_at,
         run_dir=run_dir,
         ledger=ledger,
@@ -243,8 +248,8 @@ def make_context(
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
         baseline=baseline(job),
         samples=asks_for_samples(job, plan),
-        has_history=bool(earlier),
-        ended_before=manifest is not None,
+        has_history=bool(earlier) or ended is not None,
+        ended_start=ended,
         fx={c: FxQuote(r.rate, r.source, r.at) for c, r in job.fx.items()},
     )
 

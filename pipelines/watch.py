@@ -24,6 +24,7 @@ class Watch:
         self._ended = threading.Event()
         self._began = time.monotonic()
         self._down: set[str] = set()
+        self._seen = False
         self._thread = threading.Thread(target=self._keep, name="bidbeam-watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -43,7 +44,11 @@ class Watch:
     def _show(self) -> None:
         # What is shown is for the eye: a hiccup of the store is no reason to stop.
         with contextlib.suppress(StoreError, OSError, ValueError):
-            self._progress.update(self.snapshot())
+            snapshot = self.snapshot()
+            # At the very end the scratch is tidied away, heartbeats and all.
+            if snapshot.pools or not self._seen:
+                self._seen = bool(snapshot.pools)
+                self._progress.update(snapshot)
 
     def snapshot(self) -> ProgressSnapshot:
         """The run at this moment, over all shifts of this start."""

@@ -15,8 +15,9 @@ from bidbeam.connectors.ledger_manifest import PartFile, RunRow, latest_manifest
 from bidbeam.connectors.ledger_writer import write_manifest, write_part
 from bidbeam.connectors.schemas import BASELINES
 from bidbeam.connectors.store import Store
+from bidbeam.transforms.compaction import compact
 from bidbeam.transforms.decisions import market_parts
-from bidbeam.transforms.publishing import OutputFile, Published
+from bidbeam.transforms.publishing import OutputFile, PoolCount, Published
 from bidbeam.transforms.run_context import RunContext
 
 SUCCESS, INCOMPLETE = "_SUCCESS", "_INCOMPLETE"
@@ -48,12 +49,16 @@ def finish(
     context: RunContext, record: RunRecord, published: Sequence[Published], booked: Sequence[Published], ideal: int
 ) -> dict[str, Any]:
     """Writes both manifests and returns the output's. Safe to call again: what stands is met again."""
+    before = read_manifest(context.run_dir)
+    if before is not None and before["starts"] >= context.start:
+        _clean_up(context, before)
+        return before
     total = sum(published, Published())
-    books = sum(booked, Published())
+    books = sum(booked, _booked_before(before))
     dead = sum(total.dead.values())
     status = "complete" if dead <= record.tolerated else "incomplete"
     finished_at = datetime.now(UTC)
-    parts = [*total.parts, *books.parts, *market_parts(context), *_baselines(context)]
+    parts = [*_kept_parts(context), *total.parts, *books.parts, *market_parts(context), *_baselines(context)]
     row = _row(context, record, total, books.cost, status, ideal, finished_at)
     _write_ledger_manifest(context, row, parts)
 
@@ -80,14 +85,33 @@ def finish(
         "outputs": _files(total.outputs),
         "dead_letters": _files(total.dead_letters),
     }
-    before = read_manifest(context.run_dir)
-    if before is not None and before.get("starts") == context.start:
-        manifest = before
-    else:
-        _write_output_manifest(context.run_dir, manifest, before)
-    _clear_unlisted(context.run_dir, manifest)
-    context.journal.delete_tree(f"{context.scratch_name}/spill")
+    _write_output_manifest(context.run_dir, manifest, before)
+    _clean_up(context, manifest)
     return manifest
+
+
+def _clean_up(context: RunContext, manifest: Mapping[str, Any]) -> None:
+    """What nobody needs any more, once the manifest stands. Safe to call again."""
+    _clear_unlisted(context.run_dir, manifest)
+    compact(context.journal, manifest["starts"])
+
+
+def _booked_before(before: Mapping[str, Any] | None) -> Published:
+    """What starts have booked whose segments are gone, so that nobody books it again."""
+    if before is None:
+        return Published()
+    baseline = before["baseline_cost"]
+    return Published(
+        cost=Decimal(before["cost"]),
+        baseline_cost=None if baseline is None else Decimal(baseline),
+        pools=tuple(PoolCount(**{**pool, "cost": Decimal(pool["cost"])}) for pool in before["pools"]),
+    )
+
+
+def _kept_parts(context: RunContext) -> list[PartFile]:
+    """Ledger parts of starts whose segments are gone; their request rows are written anew by every start."""
+    latest = latest_manifest(context.ledger, context.run_date, context.run_id) if context.ended_before else None
+    return [] if latest is None else [part for part in latest.parts if part.table not in {"runs", "requests"}]
 
 
 def _files(files: Sequence[OutputFile]) -> list[dict[str, Any]]:

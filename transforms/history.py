@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.schemas import SEGMENT
-from bidbeam.transforms.journal import list_segments, open_segment
+from bidbeam.transforms.compaction import is_kept, kept_answers, read_kept
+from bidbeam.transforms.journal import list_segments, read_segment
 from bidbeam.transforms.merging import RangeRef, piece_starts, read_range
 from bidbeam.transforms.order import live_places, read_order, split_group
 from bidbeam.transforms.run_context import RunContext, start_of
@@ -44,8 +45,9 @@ FINAL_ONCE_ENDED = ("bad_output", "auth_funds", "server", "timeout")
 
 
 def earlier_segments(context: RunContext) -> list[str]:
-    """The segments of all starts before this one, oldest first."""
-    return [name for name in list_segments(context.journal) if start_of(name) < context.start]
+    """What all starts before this one have settled, oldest first: what they kept, and their segments."""
+    segments = [name for name in list_segments(context.journal) if start_of(name) < context.start]
+    return [*kept_answers(context), *segments]
 
 
 def _requests(
@@ -70,8 +72,8 @@ def _requests(
 
 def _attempts(context: RunContext, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for number, name in enumerate(names):
-        reader, _ = open_segment(context.journal, name)
-        rows = reader.read_all().select(["key", "request_id"]).combine_chunks()
+        with context.journal.open_input(name) as source:
+            rows = pa.ipc.open_file(source).read_all().select(["key", "request_id"]).combine_chunks()
         yield pa.record_batch(
             {
                 "segment": pa.array(np.full(rows.num_rows, number, np.int32)),
@@ -102,7 +104,7 @@ def match_history(context: RunContext, ranges: Sequence[RangeRef], spills: Seque
     with tempfile.TemporaryDirectory() as spill, duckdb.connect(config={"temp_directory": spill}) as connection:
         connection.register("asked", pa.RecordBatchReader.from_batches(left_schema, requests))
         connection.register("attempts", pa.RecordBatchReader.from_batches(pa.schema(right), _attempts(context, names)))
-        joined: pa.Table = connection.execute(_MATCH_REPEATED if repeat else _MATCH).to_arrow_table()
+        joined: pa.Table = connection.sql(_MATCH_REPEATED if repeat else _MATCH).to_arrow_table()
     found: pa.Table = joined.cast(FOUND)
     matched = []
     for range_ in pc.unique(found.column("range")).to_pylist():
@@ -128,11 +130,16 @@ def history_of(context: RunContext, range_: int) -> pa.Table | None:
     parts = []
     for number in pc.unique(found.column("segment")).to_pylist():
         mine = found.filter(pc.equal(found.column("segment"), number))
-        reader, _ = open_segment(context.journal, names[number])
-        rows = reader.read_all().replace_schema_metadata(None).take(mine.column("row"))
+        rows = _rows_of(context, names[number], mine.column("row"))
         tags = (np.int64(range_) << 32) | mine.column("place").to_numpy().astype(np.int64)
         parts.append(rows.set_column(0, SEGMENT.field("tag"), pa.array(tags)))
     return pa.concat_tables(parts).unify_dictionaries()
+
+
+def _rows_of(context: RunContext, name: str, rows: pa.Array) -> pa.Table:
+    if is_kept(name):
+        return read_kept(context, name, rows)
+    return read_segment(context.journal, name)[0].take(rows)
 
 
 def settled_places(context: RunContext, places: int, history: pa.Table | None) -> npt.NDArray[np.bool_]:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from bidbeam.connectors.ledger_writer import PartFile, write_part
 from bidbeam.connectors.schemas import COST, DEAD_LETTER_COLUMNS, LABEL, OUTPUT_COLUMNS, REQUESTS, SEGMENT
+from bidbeam.transforms.compaction import keep_attempts
 from bidbeam.transforms.journal import SegmentRef, read_batches
 from bidbeam.transforms.merging import piece_starts, read_piece, read_range
 from bidbeam.transforms.order import read_order
@@ -173,6 +174,7 @@ def publish_range(
             "attempts": pa.array(book.attempts[dead].astype(np.int32)),
         }
         letters = (_write(context, f"dead_letters/{name}", _with_input(layout, lost, extra, DEAD_LETTER_COLUMNS)),)
+    keep_attempts(context, range_, attempts, book.answer[served], outputs[0].path if outputs else None)
     requests = _requests(context, layout, rows, order, attempts, book, reasons)
     part = write_part(
         context.ledger, "requests", context.run_date, context.run_id, f"{context.part_prefix}r{range_:05d}", requests

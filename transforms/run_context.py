@@ -70,8 +70,8 @@ class RunContext:
     """Whether a request may ask for several samples, so that outputs have the column."""
     has_history: bool = False
     """Whether earlier starts left segments whose answers this one can use."""
-    ended_before: bool = False
-    """Whether an earlier start ran to its end, so that what failed in it failed for good."""
+    ended_start: int | None = None
+    """The latest start that ran to its end; its segments are gone for what it kept of them (see ``compaction``)."""
 
     @property
     def journal(self) -> Store:
@@ -81,6 +81,11 @@ class RunContext:
     def scratch(self) -> Store:
         """Where this start's plan stands: spilled rows, orders, the market's tables."""
         return self.journal.child(self.scratch_name)
+
+    @property
+    def ended_before(self) -> bool:
+        """Whether an earlier start ran to its end, so that what failed in it failed for good."""
+        return self.ended_start is not None
 
     @property
     def fx_rates(self) -> dict[str, Decimal]:

@@ -9,6 +9,7 @@ import apache_beam as beam
 from apache_beam.pvalue import AsList, PCollection
 
 from bidbeam.transforms.booking import book, segment_groups
+from bidbeam.transforms.compaction import is_kept
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.finishing import RunRecord, finish
 from bidbeam.transforms.history import earlier_segments
@@ -58,7 +59,11 @@ class _Group(beam.DoFn):
 
     def process(self, _: int, segments: Sequence[SegmentRef]) -> Iterator[tuple[str, tuple[SegmentRef, ...]]]:
         with reported(self._context):
-            earlier = [segment_ref(self._context.journal, name) for name in earlier_segments(self._context)]
+            earlier = [
+                segment_ref(self._context.journal, name)
+                for name in earlier_segments(self._context)
+                if not is_kept(name)
+            ]
             yield from segment_groups([*earlier, *segments])
 
 

@@ -189,8 +189,10 @@ def spill_split(
     dead_mask = pc.is_valid(rendered.column("reason"))
     file_code = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([split.file]))
     ours = {"row": pa.array(np.arange(split.row_start, split.row_start + n)), "file": file_code}
+    # JSON Lines bring a column more, which rendering has read: why a line is no row.
+    inputs = table.columns[: len(context.input_schema)]
     columns = [
-        *(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0) for column in table.columns),
+        *(column.combine_chunks() if column.num_chunks != 1 else column.chunk(0) for column in inputs),
         *(ours[field.name] if field.name in ours else rendered.column(field.name) for field in layout.ours),
     ]
     full = pa.Table.from_arrays(columns, schema=layout.schema)

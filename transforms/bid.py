@@ -30,6 +30,7 @@ from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift import Award, ShiftTask
 
 _WAITING, _REFUSED = "waiting", "refused"
+_SETUP_HELD_S, _IDLE_HELD_S = 300.0, 60.0
 _NEVER = frozenset({"no_eligible_pool", "too_long"})
 """Reasons that no later round of this start can mend."""
 
@@ -120,13 +121,13 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         LOT.field("round"),
         pa.repeat(pa.scalar(round_, pa.int16()), lots.num_rows),
     )
-    pools = pool_states(context, now)
+    budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
+    pools, held = _afford_engines(context, round_, pool_states(context, now), budget)
     bids = prefer_untried(
         make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
         lots.column("failed_on").to_pylist(),
     )
-    budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
-    cleared = clear(bids, budget=budget)
+    cleared = clear(bids, budget=None if budget is None else budget - held)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
     left = lots.set_column(
@@ -204,7 +205,7 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
                     replica=replica,
                     lots=offered.take(pa.array(part)),
                     terms={model: terms[name, model] for model in spec.models},
-                    reserved_ms=round((seconds or 0.0) * 1000 / engines) if walled else None,
+                    reserved_ms=round(((seconds or 0.0) / engines + _held_s(round_)) * 1000) if walled else None,
                 )
             )
     for number, awards in sorted(by_shift.items()):
@@ -221,6 +222,35 @@ def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[in
         cut[min(before * parts // max(total, 1), parts - 1)].append(row)
         before += tokens[row]
     return [part for part in cut if part]
+
+
+def _held_s(round_: int) -> float:
+    """Seconds of each engine that a budget holds back in a round for what no lot's bill covers: loading and idling."""
+    return _SETUP_HELD_S if round_ == 1 else _IDLE_HELD_S
+
+
+def _afford_engines(
+    context: RunContext, round_: int, states: list[PoolState], budget: Decimal | None
+) -> tuple[list[PoolState], Decimal]:
+    """The pools, and what to hold back of the budget (USD) for engines that are paid by time.
+
+    An engine whose mere loading would take the budget is left out: it bids with no capacity.
+    """
+    if budget is None:
+        return states, Decimal(0)
+    kept, held = list(states), Decimal(0)
+    for at, state in enumerate(states):
+        price = state.spec.price
+        if not price.by_time:
+            continue
+        rate = context.fx_rates.get(price.currency, Decimal(1))
+        seconds = Decimal(_held_s(round_)) * state.spec.capacity.workers
+        cost = price.unit_prices["accelerator_second"] * seconds * rate
+        if held + cost <= budget:
+            held += cost
+        else:
+            kept[at] = replace(state, tokens_per_second=0.0)
+    return kept, held
 
 
 def lots_table(context: RunContext, lots: pa.Table) -> pa.Table:

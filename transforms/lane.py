@@ -49,7 +49,7 @@ class Lane:
     loaded: Callable[[], bool] = lambda: True
     """Whether the engine has loaded; nothing is sent before. Raises ModelError where it never will."""
     reserved_ms: int | None = None
-    """The most busy milliseconds that this round may use of the accelerator; None: no bound."""
+    """The most milliseconds that this round may use of the accelerator; None: no bound."""
     queue: deque[Lot] = field(default_factory=deque)
     down: str | None = None
     """Why the pool serves nothing any more."""
@@ -187,9 +187,10 @@ class Lane:
             if self.engine_in_flight == 0:
                 meter.idle()
             busy, idle = meter.close()
-            self.used_ms += busy
+            setup = meter.take_setup()
+            self.used_ms += busy + idle + setup
             self._closed_ms = clock_ms()
-            rows += self._overhead("setup", meter.take_setup(), now)
+            rows += self._overhead("setup", setup, now)
             rows += self._overhead("accelerator_idle_second", idle, now)
         if self._results:
             results = pa.Table.from_batches(self._results, schema=RESULT_SCHEMA).combine_chunks().to_batches()[0]
@@ -233,11 +234,14 @@ class Lane:
             setattr(self, name, getattr(self, name) + int(pc.sum(rows.column(name)).as_py() or 0))
 
     def over_reserve(self, margin_s: float) -> bool:
-        """Whether the accelerator has run as long as this round reserved, or will have within ``margin_s`` seconds."""
-        if self.reserved_ms is None or self.meter is None or not self.submitted:
+        """Whether the accelerator has run as long as this round reserved, or will have within ``margin_s`` seconds.
+
+        All that is paid for counts: loading and idling too.
+        """
+        if self.reserved_ms is None or self.meter is None or not self.loaded():
             return False
         open_ms = clock_ms() - self._closed_ms if self.engine_in_flight else 0
-        return self.used_ms + open_ms + margin_s * 1000 >= self.reserved_ms
+        return self.used_ms + self.meter().setup_ms + open_ms + margin_s * 1000 >= self.reserved_ms
 
     def _overhead(self, meter: Any, millis: int, now: datetime) -> list[pa.RecordBatch]:
         if millis <= 0 or meter not in self.terms.price.unit_prices:

@@ -142,13 +142,14 @@ class Shift:
             self._open_lanes()
             last_flush = time.monotonic()
             while not all(lane.idle for lane in self._lanes.values()):
+                # First: what is reserved may be gone before anything was sent, to an engine that was slow to load.
+                stop_at = self._check_walls(stop_at)
                 for lane in list(self._lanes.values()):
                     lane.fill()
                 for lane in list(self._lanes.values()):
                     lane.poll()
                     if not lane.open:
                         self._hand_over(lane)
-                stop_at = self._check_walls(stop_at)
                 pending = sum(lane.pending_results for lane in self._lanes.values())
                 if pending >= _SEGMENT_ROWS or (pending and time.monotonic() - last_flush >= _SEGMENT_S):
                     yield from self._flush(final=False)

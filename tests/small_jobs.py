@@ -71,7 +71,7 @@ def write_job(
         "model": "tiny",
         "prompt": {"id": "id", "column": "prompt"},
         "sampling": {"max_tokens": 8, "temperature": 0},
-        "pools": "pools.yaml",
+        "pools": "pools.yaml",  # or the list itself
         **keys,
     }
     # JSON is YAML.

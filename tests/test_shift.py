@@ -173,7 +173,7 @@ def test_every_pool_works_through_its_lots_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["gone", "falls"])
 def test_a_pool_that_dies_hands_its_lots_to_the_runner_up(tmp_path: Path, how: str) -> None:
-    """What a dead pool was not asked for is served by the runner-up in the same shift; what it was asked for is lost."""
+    """What a dead pool was not asked for, its runner-up serves in the same shift; what it was asked for is lost."""
     stage = Stage(tmp_path)
     near, far = Scripted(4, dies_after=5, how=how), Scripted()
     lots = stage.plan.lots.num_rows

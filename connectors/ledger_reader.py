@@ -144,7 +144,8 @@ def _explained(connection: duckdb.DuckDBPyConnection, error: duckdb.Error) -> st
         return f"no view is called {matched[1]}; {hint}"
     if (matched := _UNKNOWN_COLUMN.search(text)) and (wanted := matched[1] or matched[2]):
         columns = [name for (name,) in connection.execute(_COLUMN_NAMES).fetchall()]
-        lower = {name.lower(): name for name in columns}
+        # A column of that very name may stand in some other view.
+        lower = {name.lower(): name for name in columns if name.lower() != wanted.lower()}
         nearest = difflib.get_close_matches(wanted.lower(), list(lower), n=1, cutoff=0.5)
         hint = f"; did you mean {lower[nearest[0]]}?" if nearest else ""
         return f"no column is called {wanted}{hint}\n{text}"

@@ -38,14 +38,30 @@ from bidbeam.transforms.accelerator_time import AcceleratorMeter
 pytestmark = pytest.mark.engine
 
 BLOCK = 32
-ENGINE = {"block_size": BLOCK, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20}
+CORES = sorted(os.sched_getaffinity(0))
+OURS, THEIRS = (CORES[: len(CORES) // 2] or CORES), CORES[len(CORES) // 2 :]
+"""Cores of the engines here and of the server: two CPU engines on one core are many times slower."""
+ENGINE = {"block_size": BLOCK, "max_num_seqs": 8, "kv_cache_memory_bytes": 32 << 20, "cores": OURS}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 SPECULATING = ENGINE | {"speculative_config": DRAFTS, "disable_log_stats": False}
 INSTRUCTIONS = (
     "Describe the product in two short sentences for a shop's page. Name what it is made of and whom it is for. "
     "Write plainly, use no exclamation marks, and never promise what the sheet does not say. Shelf"
 )
-WORDS = "kettle lamp brass linen shade steel red kitchen ticket parcel shipping returns billing report reader".split()
+WORDS = (
+    "kettle",
+    "lamp",
+    "brass",
+    "linen",
+    "shade",
+    "steel",
+    "red",
+    "kitchen",
+    "parcel",
+    "returns",
+    "report",
+    "reader",
+)
 
 
 # -- what stands behind the pools, and what the answers are held against --
@@ -55,9 +71,10 @@ WORDS = "kettle lamp brass linen shade steel red kitchen ticket parcel shipping 
 def processes() -> Iterator[tuple[Starting, BareEngine]]:
     """A vLLM server and a bare engine of the tiny model: started together, so that they load side by side."""
     with contextlib.ExitStack() as stack:
-        bare = BareEngine(tiny_model(), ENGINE, cores=sorted(os.sched_getaffinity(0)))
+        bare = BareEngine(tiny_model(), ENGINE, cores=OURS)
         stack.callback(bare.close)
-        server = Starting(tiny_model(), ("tiny", "vendor/tiny"), {"block_size": BLOCK, "max_num_seqs": 16})
+        options = {"block_size": BLOCK, "max_num_seqs": 16}
+        server = Starting(tiny_model(), ["tiny", "vendor/tiny"], options, cores=THEIRS)
         stack.callback(server.stop)
         yield server, bare
 
@@ -305,3 +322,259 @@ def test_bills_are_exact(market: Market) -> None:
 def test_a_run_leaves_no_process_behind(market: Market) -> None:
     """When the run is over, so is its engine's process."""
     assert market.left_alive == set()
+
+
+# -- what the job file passes through to the engine of our own --
+
+
+def speculating_job(
+    home: Path, rows: Sequence[Mapping[str, Any]], *others: dict[str, Any], max_tokens: int = 8
+) -> Path:
+    """A job whose own engine drafts tokens; fast enough on paper to win every lot."""
+    own = own_pool(engine=SPECULATING, capacity={"tokens_per_second": 100_000})
+    return write_job(
+        home,
+        pa.Table.from_pylist([{"id": f"q{i:03d}", **row} for i, row in enumerate(rows)]),
+        [own, *others],
+        models={"tiny": {"source": tiny_model()}},
+        sampling={"max_tokens": max_tokens, "temperature": 0},
+    )
+
+
+def own_engine() -> VllmEngine:
+    """The engine that a run in this process has left in the registry."""
+    (slot,) = (s for s in registry._registry._engines.values() if isinstance(s.engine, VllmEngine))
+    return slot.engine
+
+
+def test_schemas_and_speculation_pass_through_the_job_file(
+    tmp_path: Path, kept_engines: pytest.MonkeyPatch, bare: Callable[..., list[str]]
+) -> None:
+    """A row's JSON schema binds its answer, drafted tokens are used, and plain greedy answers stay what they were."""
+    wanted = json.dumps(
+        {"type": "json_schema", "json_schema": {"name": "kind", "schema": {"enum": ["kettle", "lamp"]}}}
+    )
+    texts = items(16, shelves=2)
+    rows = [{"prompt": text, "response_format": wanted if i % 2 else None} for i, text in enumerate(texts)]
+    summary, found = run(speculating_job(tmp_path, rows, max_tokens=32))
+    assert summary.exit_code == 0
+    check_conserved(found, len(rows))
+    outputs = [row["output"] for row in found.outputs.sort_by("request_id").to_pylist()]
+    for answer in outputs[1::2]:
+        assert json.loads(answer) in {"kettle", "lamp"}
+    assert outputs[::2] == bare(texts[::2], max_tokens=32)
+    assert own_engine().stats()["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+# -- when an engine dies --
+
+
+@pytest.fixture
+def killed_engines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first engine that has answered a request is killed, once; gives its process id."""
+    killed: list[int] = []
+    poll = VllmEngine.poll
+
+    def deadly(self: VllmEngine) -> list[pa.RecordBatch]:
+        batches = poll(self)
+        if any(batch.num_rows for batch in batches) and not killed:
+            killed.append(self._process.pid)
+            os.kill(self._process.pid, signal.SIGKILL)
+        return batches
+
+    monkeypatch.setattr(VllmEngine, "poll", deadly)
+    return killed
+
+
+def test_an_engine_that_dies_is_loaded_again(
+    tmp_path: Path, kept_engines: pytest.MonkeyPatch, killed_engines: list[int], bare: Callable[..., list[str]]
+) -> None:
+    """After SIGKILL in the middle of its work the next round has a new engine; every row is answered, right."""
+    texts = items(40, seed=6)
+    summary, found = run(speculating_job(tmp_path, [{"prompt": text} for text in texts]))
+    assert summary.exit_code == 0
+    check_conserved(found, len(texts))
+    outputs = {row["request_id"]: row["output"] for row in found.outputs.to_pylist()}
+    assert [outputs[f"q{i:03d}"] for i in range(40)] == bare(texts, max_tokens=8)
+    died = [a for a in found.attempts if a["status"] != "ok"]
+    assert {a["round"] for a in died} == {1}
+    assert 0 < len(died) <= ENGINE["max_num_seqs"] + 8  # what its window held
+    retried = {a["request_id"] for a in found.attempts if a["kind"] == "retry" and a["status"] == "ok"}
+    assert retried == {a["request_id"] for a in died}
+    assert len(found.attempts) == len(texts) + len(died)
+    (first,) = killed_engines
+    assert not psutil.pid_exists(first)
+    assert own_engine()._process.pid != first
+
+
+def test_a_dying_engine_hands_its_lots_to_the_runner_up(
+    tmp_path: Path, kept_engines: pytest.MonkeyPatch, killed_engines: list[int], server: VllmServer
+) -> None:
+    """What a killed engine was not asked for moves to the endpoint in the same round, what it dropped in the next."""
+    texts = items(120, seed=7)
+    near = remote("near", server.base_url, models={"tiny": "vendor/tiny"})
+    before = server.counters()
+    summary, found = run(speculating_job(tmp_path, [{"prompt": text} for text in texts], near))
+    assert summary.exit_code == 0
+    check_conserved(found, len(texts))
+    by_pool = Counter((a["pool"], a["round"]) for a in found.attempts if a["status"] == "ok")
+    dropped = sum(a["status"] != "ok" for a in found.attempts)
+    assert by_pool["own", 1] > 0
+    assert by_pool["near", 1] > 0
+    assert by_pool["near", 2] == dropped > 0
+    assert sum(by_pool.values()) == len(texts)
+    assert server.counters()["requests"] - before["requests"] == by_pool["near", 1] + by_pool["near", 2]
+    assert {row["pool"] for row in found.rows("awards") if row["round"] == 1} == {"own"}
+
+
+# -- when the run itself is stopped --
+
+
+class Cli:
+    """``bidbeam run`` as a process of its own; a variable marks it and everything that comes of it."""
+
+    def __init__(self, job: Path) -> None:
+        self.mark = f"BIDBEAM_TEST_RUN={uuid.uuid4().hex}"
+        name, _, value = self.mark.partition("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bidbeam.pipelines.cli", "run", str(job), "--run-date", str(DAY), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {name: value},
+            start_new_session=True,
+        )
+
+    def ends(self, timeout_s: float = 90) -> tuple[int, str, str]:
+        """Its exit code, stdout and stderr."""
+        out, err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, err
+
+    def family(self) -> list[psutil.Process]:
+        """Itself and every process that comes of it, orphans included, as long as they live."""
+        found = []
+        name, _, value = self.mark.partition("=")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def __enter__(self) -> Cli:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.communicate()
+
+
+def wait_until(true: Callable[[], object], cli: Cli, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert cli.process.poll() is None, cli.process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_stopped_run_leaves_no_orphan_and_resumes(tmp_path: Path, server: VllmServer) -> None:
+    """SIGTERM ends a run with 4 and says how to go on, SIGKILL ends it too; no process outlives either, and the next
+    start finishes the run without asking for anything again that was answered."""
+    operators = ["own", "cloud"]
+    rows = [
+        {"id": f"q{i:03d}", "prompt": text, "placement": json.dumps({"operators": [operators[i % 2]]})}
+        for i, text in enumerate(items(72, seed=8))
+    ]
+    path = write_job(
+        tmp_path,
+        pa.Table.from_pylist(rows),
+        [
+            own_pool(engine=ENGINE | {"max_num_seqs": 2}),
+            remote("near", server.base_url, placement={"operator": "cloud"}, capacity={"concurrency": 2}),
+        ],
+        models={"tiny": {"source": tiny_model()}},
+        sampling={"max_tokens": 160, "temperature": 0, "ignore_eos": True},
+    )
+    job = job_of(path)
+    journal = tmp_path / "out" / f"run_date={DAY}" / f"run_id={job.run_id}" / "_journal"
+    before = server.counters()
+
+    for start, stop in enumerate([signal.SIGTERM, signal.SIGKILL], 1):
+        with Cli(path) as cli:
+            wait_until(lambda at=start: [*journal.glob(f"start-{at:03d}/segments/*")], cli)
+            assert len(cli.family()) > 1
+            cli.process.send_signal(stop)
+            code, _, err = cli.ends()
+            if stop == signal.SIGTERM:
+                assert code == 4
+                assert "The same command resumes" in err
+                assert cli.family() == []
+            _, alive = psutil.wait_procs(cli.family(), timeout=20)
+            assert alive == []
+
+    with Cli(path) as cli:
+        code, out, err = cli.ends()
+        assert code == 0, err
+        assert json.loads(out)["requests"] == len(rows)
+        assert cli.family() == []
+    found = written(job)
+    check_conserved(found, len(rows))
+    served = Counter(a["request_id"] for a in found.attempts if a["status"] == "ok")
+    assert served == dict.fromkeys((row["id"] for row in rows), 1)
+    near = [a for a in found.attempts if a["pool"] == "near" and a["status"] == "ok"]
+    asked = server.counters()["requests"] - before["requests"]
+    # Twice the concurrency is in flight at most when a start is killed; only that much may be asked for again.
+    assert len(near) <= asked <= len(near) + 2 * 2
+
+
+def test_a_signal_while_engines_load_ends_the_run(tmp_path: Path) -> None:
+    """SIGINT before anything was sent ends the run with 4 without waiting for the engine, and takes it along."""
+    path = write_job(
+        tmp_path,
+        pa.table({"id": ["q0"], "prompt": [items(1)[0]]}),
+        [own_pool()],
+        models={"tiny": {"source": tiny_model()}},
+    )
+    with Cli(path) as cli:
+        wait_until(lambda: [*tmp_path.glob("out/*/*/_journal/start-001/progress/*")], cli)
+        cli.process.send_signal(signal.SIGINT)
+        code, _, err = cli.ends()
+        assert code == 4
+        assert "The same command resumes" in err
+        assert cli.family() == []
+
+
+def test_a_model_that_does_not_load_costs_nothing(tmp_path: Path, server: VllmServer) -> None:
+    """A damaged model ends a run with 2 and the reason before an endpoint is asked anything, however it is priced."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(tiny_model()).iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 2000 if file.suffix == ".safetensors" else None])
+    rows = [
+        {"id": f"q{i}", "prompt": text, "placement": json.dumps({"operators": [["own", "cloud"][i % 2]]})}
+        for i, text in enumerate(items(8))
+    ]
+    prices = [{"accelerator_hour": "0.71"}, {"input": "0.01", "output": "0.02", "per": "1M tokens", "currency": "USD"}]
+    before = server.counters()
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for number, (price, cores) in enumerate(zip(prices, (OURS, THEIRS), strict=True)):
+            path = write_job(
+                tmp_path / str(number),
+                pa.Table.from_pylist(rows),
+                [
+                    own_pool(price=price, engine=ENGINE | {"cores": cores}),
+                    remote("near", server.base_url, placement={"operator": "cloud"}),
+                ],
+                models={"tiny": {"source": str(broken)}},
+            )
+            runs.append(stack.enter_context(Cli(path)))
+        for cli in runs:
+            code, out, err = cli.ends()
+            assert code == 2, err
+            assert cli.family() == []
+            assert "'own'" in err
+            assert str(broken) in err
+            assert json.loads(out)["error"]["exit_code"] == 2
+    assert server.counters() == before

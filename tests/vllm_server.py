@@ -6,6 +6,7 @@ The process watches a pipe that only its starter holds, so that it ends with who
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -17,9 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +40,8 @@ class VllmServer:
 
     def counters(self) -> dict[str, int]:
         """What the server itself has counted since it started, over all its models and engines."""
-        with urllib.request.urlopen(self.base_url.removesuffix("v1") + "metrics") as answer:
-            text = answer.read().decode()
+        status, text = _get(self.base_url, "/metrics")
+        assert status == 200
         return {
             ours: sum(int(float(value)) for value in re.findall(rf"^{theirs}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
             for ours, theirs in _COUNTERS.items()
@@ -50,9 +49,14 @@ class VllmServer:
 
 
 class Starting:
-    """A server that is on its way; ``ready`` waits for it. Ends with ``stop``, or with this process."""
+    """A server on ``cores`` that is on its way; ``ready`` waits for it. Ends with ``stop``, or with this process.
 
-    def __init__(self, model_dir: str, names: tuple[str, ...], engine: Mapping[str, Any]) -> None:
+    ``names`` are what the model is served as, ``engine`` further options of vLLM's server.
+    """
+
+    def __init__(
+        self, model_dir: str, names: Sequence[str], engine: Mapping[str, Any], *, cores: Sequence[int]
+    ) -> None:
         port = _free_port()
         self._server = VllmServer(f"http://127.0.0.1:{port}/v1")
         self._log = tempfile.TemporaryFile(prefix="vllm-server-")  # noqa: SIM115 - closed by stop
@@ -61,7 +65,7 @@ class Starting:
             option = f"--{key.replace('_', '-')}"
             arguments += [option] if value is True else [option, value if isinstance(value, str) else json.dumps(value)]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, *arguments],
+            [sys.executable, "-P", __file__, ",".join(map(str, cores)), *arguments],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
@@ -73,6 +77,8 @@ class Starting:
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+                "OMP_NUM_THREADS": str(len(cores)),
             },
         )
 
@@ -80,11 +86,9 @@ class Starting:
         """Waits until the server answers."""
         deadline = time.monotonic() + _START_S
         while self._process.poll() is None and time.monotonic() < deadline:
-            with (
-                contextlib.suppress(urllib.error.URLError, OSError),
-                urllib.request.urlopen(self._server.base_url.removesuffix("v1") + "health"),
-            ):
-                return self._server
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if _get(self._server.base_url, "/health")[0] == 200:
+                    return self._server
             time.sleep(0.1)
         self._log.seek(0)
         raise RuntimeError(f"the vLLM server did not come up:\n{self._log.read().decode(errors='replace')[-3000:]}")
@@ -99,20 +103,20 @@ class Starting:
         self._log.close()
 
 
-@contextlib.contextmanager
-def vllm_server(model_dir: str, *names: str, **engine: Any) -> Iterator[VllmServer]:
-    """A server of the model in ``model_dir`` under ``names``; ``engine`` are its further command-line options."""
-    starting = Starting(model_dir, names, engine)
-    try:
-        yield starting.ready()
-    finally:
-        starting.stop()
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _get(base_url: str, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(base_url.removeprefix("http://").removesuffix("/v1"), timeout=30)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
 
 
 def _end_with_starter() -> None:
@@ -122,4 +126,5 @@ def _end_with_starter() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_starter, daemon=True).start()
+    os.sched_setaffinity(0, map(int, sys.argv.pop(1).split(",")))
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)

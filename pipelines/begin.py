@@ -11,20 +11,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import bidbeam
-from bidbeam.connectors.errors import AlreadyExists, ModelError
+from bidbeam.connectors import registry
+from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError
 from bidbeam.connectors.inputs import InputPlan, is_openai_batch, plan_input
+from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.connectors.model_files import prepare_model
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.job import Job, check_fx, check_keys
 from bidbeam.pipelines.lease import Lease
+from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
 from bidbeam.transforms.engines import slot_for
-from bidbeam.transforms.finishing import RunRecord, read_manifest
+from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
 from bidbeam.transforms.journal import sound_segments
 from bidbeam.transforms.rendering import RenderSpec, check_columns
 from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
@@ -41,7 +45,8 @@ _CPU_BLOCK = 128
 class Begun:
     """A run that may be built: its context and input, the record for the ledger, and the lease that holds it.
 
-    ``manifest`` is that of an earlier start which has finished all this one could do; then there is nothing to do.
+    ``manifest`` is that of an earlier start which has finished all this one could do; then there is nothing to do, and
+    no lease. A context manager: on leaving it, engines are closed and the run is free for the next start.
     """
 
     context: RunContext
@@ -49,6 +54,21 @@ class Begun:
     record: RunRecord
     lease: Lease | None
     manifest: Mapping[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        registry.close_all()
+        stopping.clear()
+        if self.lease is None:
+            return
+        if error is not None:
+            with contextlib.suppress(BidbeamError, OSError):
+                note_status(self.context, self.record, "interrupted")
+        self.lease.release()
 
 
 def places(job: Job, *, rehearse: bool) -> tuple[Store, Store]:
@@ -59,8 +79,8 @@ def places(job: Job, *, rehearse: bool) -> tuple[Store, Store]:
     return output.child(f"run_date={job.run_date.isoformat()}", f"run_id={job.run_id}"), ledger
 
 
-def begin(job: Job, *, rehearse: bool, warm: bool, now: datetime | None = None) -> Begun:
-    """Checks all that can be checked before anything is spent, and takes the run's lease.
+def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime | None = None) -> Begun:
+    """Checks all that can be checked before anything is spent, takes the run's lease and enters it into the ledger.
 
     ``warm`` starts the engines of this process's own pools at once, so that they load while the plan is made. Raises
     UsageError for whatever the user has to mend.
@@ -99,7 +119,10 @@ def begin(job: Job, *, rehearse: bool, warm: bool, now: datetime | None = None) 
                 for model in pool.models:
                     if pool.kind == "vllm" and facts[model].directory is not None:
                         slot_for(context, pool, model)
+        ensure_ledger(ledger)
+        note_status(context, record, "running")
     except BaseException:
+        registry.close_all()
         lease.release()
         raise
     return Begun(context, plan, record, lease)

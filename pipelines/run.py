@@ -12,9 +12,7 @@ from decimal import Decimal
 from types import FrameType
 from typing import Any
 
-from bidbeam.connectors import registry
 from bidbeam.connectors.errors import BidbeamError, Interrupted, UsageError
-from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.pipelines.begin import Begun, begin
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress, Progress
@@ -22,7 +20,7 @@ from bidbeam.pipelines.summary import PoolTotal, RunSummary
 from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import stopping
 from bidbeam.transforms.failures import failure_of
-from bidbeam.transforms.finishing import note_status, read_manifest
+from bidbeam.transforms.finishing import read_manifest
 from bidbeam.transforms.run_context import RunContext
 
 _MOST_WORKERS = 4
@@ -42,32 +40,21 @@ def run_job(job: Job, *, rehearse: bool, beam_options: list[str], progress: Prog
     """
     clock = time.monotonic()
     local = not _names_runner(beam_options)
-    try:
-        begun = begin(job, rehearse=rehearse, warm=local and not _in_other_processes(beam_options))
+    with begin(job, rehearse=rehearse, warm=local and not _in_other_processes(beam_options)) as begun:
         if begun.lease is None:
             return summary(job, begun.manifest or {}, time.monotonic() - clock, rehearse=rehearse, nothing_to_do=True)
-        try:
-            manifest = _start(begun, beam_options, progress)
-        finally:
-            begun.lease.release()
-        return summary(job, manifest, time.monotonic() - clock, rehearse=rehearse)
-    finally:
-        registry.close_all()
-        stopping.clear()
+        manifest = _start(begun, beam_options, progress)
+    return summary(job, manifest, time.monotonic() - clock, rehearse=rehearse)
 
 
 def _start(begun: Begun, beam_options: list[str], progress: Progress) -> Mapping[str, Any]:
     context = begun.context
-    ensure_ledger(context.ledger)
-    note_status(context, begun.record, "running")
     with Watch(context, progress), _signals(context, progress):
         try:
             _pipeline(begun, beam_options)
         except Exception as error:
             cause = failure_of(context.scratch) or error
             interrupted = isinstance(cause, Interrupted) or stopping.requested()
-            with contextlib.suppress(BidbeamError, OSError):
-                note_status(context, begun.record, "interrupted")
             if interrupted:
                 raise Interrupted(
                     f"run {context.run_id} was stopped; everything settled is kept. The same command resumes it"

@@ -28,6 +28,7 @@ from bidbeam.transforms.publishing import spent_on
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift import Award, ShiftTask
+from bidbeam.transforms.side_inputs import listed
 
 _WAITING, _REFUSED = "waiting", "refused"
 _SETUP_HELD_S, _IDLE_HELD_S = 300.0, 60.0
@@ -62,7 +63,7 @@ class Bid(beam.PTransform[Any, Any]):
             pipeline
             | "Call for bids" >> beam.Create([self._round], reshuffle=False)
             | "Clear"
-            >> beam.ParDo(_Clear(self._context), AsList(lots), AsList(spent)).with_outputs(
+            >> beam.ParDo(_Clear(self._context), listed(lots, "All lots"), AsList(spent)).with_outputs(
                 _WAITING, _REFUSED, main="shifts"
             )
         )

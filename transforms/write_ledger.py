@@ -18,6 +18,7 @@ from bidbeam.transforms.merging import RangeRef
 from bidbeam.transforms.plan_lots import Plan
 from bidbeam.transforms.publishing import Published
 from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.side_inputs import listed
 
 
 class WriteLedger(beam.PTransform[Any, Any]):
@@ -35,7 +36,7 @@ class WriteLedger(beam.PTransform[Any, Any]):
         booked = (
             pipeline
             | "Close the books" >> beam.Create([0], reshuffle=False)
-            | "Group segments" >> beam.ParDo(_Group(self._context), AsList(segments))
+            | "Group segments" >> beam.ParDo(_Group(self._context), listed(segments, "All segments"))
             | "Spread groups" >> beam.Reshuffle()
             | "Book attempts and charges" >> beam.ParDo(_Book(self._context))
         )
@@ -45,7 +46,7 @@ class WriteLedger(beam.PTransform[Any, Any]):
             | "Write manifests"
             >> beam.ParDo(
                 _Finish(self._context, self._record),
-                AsList(self._published),
+                listed(self._published, "All published"),
                 AsList(booked),
                 self._plan.all_ranges,
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.pvalue import AsList, PCollection
+from apache_beam.pvalue import PCollection
 
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.history import history_of
@@ -16,6 +16,7 @@ from bidbeam.transforms.merging import RangeRef
 from bidbeam.transforms.plan_lots import Plan
 from bidbeam.transforms.publishing import Published, publish_dead_split, publish_range
 from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.side_inputs import listed
 from bidbeam.transforms.spilling import SpillRef
 
 
@@ -31,16 +32,17 @@ class WriteOutputs(beam.PTransform[Any, Any]):
         self._context, self._plan, self._unserved = context, plan, unserved
 
     def expand(self, segments: PCollection[Any]) -> PCollection[Any]:
+        all_segments = listed(segments, "All segments")
         ranges = (
             self._plan.ranges
             | "Spread ranges" >> beam.Reshuffle()
             | "Write ranges"
-            >> beam.ParDo(_WriteRange(self._context), self._plan.all_spills, AsList(segments), AsList(self._unserved))
+            >> beam.ParDo(
+                _WriteRange(self._context), self._plan.all_spills, all_segments, listed(self._unserved, "All unserved")
+            )
         )
         # The segments hold these back too: dead letters stand only once everything is settled.
-        unread = self._plan.spills | "Write unreadable rows" >> beam.ParDo(
-            _WriteDeadRows(self._context), AsList(segments)
-        )
+        unread = self._plan.spills | "Write unreadable rows" >> beam.ParDo(_WriteDeadRows(self._context), all_segments)
         published: PCollection[Any] = (ranges, unread) | "Published" >> beam.Flatten()
         return published
 

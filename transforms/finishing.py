@@ -59,7 +59,15 @@ def finish(
     status = "complete" if dead <= record.tolerated else "incomplete"
     finished_at = datetime.now(UTC)
     parts = [*_kept_parts(context), *total.parts, *books.parts, *market_parts(context), *_baselines(context)]
-    row = _row(context, record, total, books.cost, status, ideal, finished_at)
+    counts = {
+        "requests": total.served + dead,
+        "served": total.served,
+        "input_tokens": total.input_tokens,
+        "cached_tokens": total.cached_tokens,
+        "ideal_cached_tokens": ideal,
+        "output_tokens": total.output_tokens,
+    }
+    row = _row(context, record, status, finished_at, dead=dead, cost=books.cost, **counts)
     _write_ledger_manifest(context, row, parts)
 
     manifest = {
@@ -69,15 +77,10 @@ def finish(
         "starts": context.start,
         "started_at": context.started_at.isoformat(),
         "finished_at": finished_at.isoformat(),
-        "requests": total.served + dead,
-        "served": total.served,
+        **counts,
         "dead": dict(total.dead),
         "tolerated": record.tolerated,
         "cost": f"{books.cost:f}",
-        "input_tokens": total.input_tokens,
-        "cached_tokens": total.cached_tokens,
-        "ideal_cached_tokens": ideal,
-        "output_tokens": total.output_tokens,
         "baseline_cost": None if books.baseline_cost is None else f"{books.baseline_cost:f}",
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in books.pools],
         "input": record.fingerprint,
@@ -147,15 +150,9 @@ def _write_ledger_manifest(context: RunContext, row: RunRow, parts: Sequence[Par
 
 
 def _row(
-    context: RunContext,
-    record: RunRecord,
-    total: Published,
-    cost: Decimal,
-    status: str,
-    ideal: int,
-    finished_at: datetime | None,
+    context: RunContext, record: RunRecord, status: str, finished_at: datetime | None, **counts: int | Decimal
 ) -> RunRow:
-    dead = sum(total.dead.values())
+    """The run's row; ``counts`` are the columns that are known only at its end."""
     return RunRow(
         run_id=context.run_id,
         name=record.name,
@@ -166,16 +163,9 @@ def _row(
         version=record.version,
         parent_run_id=record.parent_run_id,
         finished_at=finished_at,
-        requests=total.served + dead,
-        served=total.served,
-        dead=dead,
-        cost=cost,
         tags=context.tags,
         starts=context.start,
-        input_tokens=total.input_tokens,
-        cached_tokens=total.cached_tokens,
-        ideal_cached_tokens=ideal,
-        output_tokens=total.output_tokens,
+        **counts,  # type: ignore[arg-type]  # each is a column of its own type
     )
 
 
@@ -184,19 +174,7 @@ def note_status(context: RunContext, record: RunRecord, status: str) -> None:
     latest = latest_manifest(context.ledger, context.run_date, context.run_id)
     kept = [] if latest is None else [part for part in latest.parts if part.table != "runs"]
     finished_at = datetime.now(UTC) if status == "interrupted" else None
-    row = RunRow(
-        run_id=context.run_id,
-        name=record.name,
-        run_date=context.run_date,
-        started_at=context.started_at,
-        status=status,
-        job=record.job,
-        version=record.version,
-        parent_run_id=record.parent_run_id,
-        finished_at=finished_at,
-        tags=context.tags,
-        starts=context.start,
-    )
+    row = _row(context, record, status, finished_at)
     write_manifest(context.ledger, row, kept, 0 if latest is None else latest.sequence + 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from bidbeam.transforms.run_context import RunContext
 
 SUCCESS, INCOMPLETE = "_SUCCESS", "_INCOMPLETE"
 
+_PART_OF_START = re.compile(r"^(?!runs/|requests/).*/part-s(\d+)-[^/]*$")
+
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
@@ -38,11 +41,9 @@ class RunRecord:
 
 def read_manifest(run_dir: Store) -> dict[str, Any] | None:
     """The manifest of a run that has ended; None while it has not."""
-    for name in (SUCCESS, INCOMPLETE):
-        if run_dir.exists(name):
-            manifest: dict[str, Any] = json.loads(run_dir.read(name))
-            return manifest
-    return None
+    found: list[dict[str, Any]] = [json.loads(run_dir.read(n)) for n in (SUCCESS, INCOMPLETE) if run_dir.exists(n)]
+    # Both stand for a moment where a start ends otherwise than the one before.
+    return max(found, key=lambda manifest: int(manifest["starts"]), default=None)
 
 
 def finish(
@@ -114,7 +115,14 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
 def _kept_parts(context: RunContext) -> list[PartFile]:
     """Ledger parts of starts whose segments are gone; their request rows are written anew by every start."""
     latest = latest_manifest(context.ledger, context.run_date, context.run_id) if context.ended_before else None
-    return [] if latest is None else [part for part in latest.parts if part.table not in {"runs", "requests"}]
+    if latest is None or context.ended_start is None:
+        return []
+    # A start that was cut short just before its output's manifest is listed too, but still has its segments.
+    return [
+        part
+        for part in latest.parts
+        if (found := _PART_OF_START.search(part.path)) is not None and int(found[1]) <= context.ended_start
+    ]
 
 
 def _files(files: Sequence[OutputFile]) -> list[dict[str, Any]]:

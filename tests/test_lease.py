@@ -142,4 +142,5 @@ def test_a_second_start_of_a_living_run_exits_with_2(tmp_path: Path) -> None:
         finally:
             go_on.set()
         assert first.result(30).served == 6
+        assert len(double.requests) == 6
     assert not list(tmp_path.rglob("lease-*"))

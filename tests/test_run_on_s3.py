@@ -51,9 +51,8 @@ def test_a_run_reads_from_and_writes_to_an_object_store_alone(s3: S3Server, tmp_
     manifest = json.loads(run_dir.read("_SUCCESS"))
     rows = sum(pq.read_metadata(run_dir.open_input(part["path"])).num_rows for part in manifest["outputs"])
     assert rows == 500
-    ledger = query_ledger(
-        f"s3://{bucket}/ledger", "SELECT attempts, cost FROM cost_by_pool", rehearsals=True, storage=s3.options
-    )
+    sql = "SELECT attempts, cost FROM cost_by_pool"
+    ledger = query_ledger(f"s3://{bucket}/ledger", sql, rehearsals=True, storage=s3.options)
     assert ledger.to_pylist() == [{"attempts": 500, "cost": summary.cost}]
     assert run(job, rehearse=True).status == "nothing_to_do"
     assert not [path.name for path in tmp_path.iterdir() if path != file]

@@ -99,9 +99,10 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
         for store in (run_dir, ledger):
             store.probe_create_only()
         facts = model_facts(job, {name: future.result() for name, future in models.items()}, rehearse=rehearse)
-    manifest = read_manifest(run_dir)
     lease = Lease.take(run_dir.child("_journal"), job.run_id)
     try:
+        # Only now: the holder before us may have ended the run a moment ago.
+        manifest = read_manifest(run_dir)
         context = make_context(
             job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest
         )

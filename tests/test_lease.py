@@ -144,3 +144,23 @@ def test_a_second_start_of_a_living_run_exits_with_2(tmp_path: Path) -> None:
         assert first.result(30).served == 6
         assert len(double.requests) == 6
     assert not list(tmp_path.rglob("lease-*"))
+
+
+@pytest.mark.timeout(60)
+def test_a_run_that_ends_while_another_start_waits_is_not_run_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier start left is looked at only once the lease is held: a run that just ended has nothing to do."""
+    real = Lease.take
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(3), [remote("near", double.base_url)])
+
+        def late(journal: Store, run_id: str) -> Lease:
+            # Another start comes and goes between our first look and our lease.
+            monkeypatch.setattr(Lease, "take", real)
+            assert run(job).served == 3
+            return real(journal, run_id)
+
+        monkeypatch.setattr(Lease, "take", late)
+        assert run(job).status == "nothing_to_do"
+        assert len(double.requests) == 3

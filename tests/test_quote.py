@@ -1,0 +1,135 @@
+"""Quotes: what a run would cost, to the last digit, without sending or writing anything."""
+
+from __future__ import annotations
+
+import tempfile
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from small_jobs import by_the_hour, make_job, prompts, remote
+from tiny_model import tiny_model
+
+from bidbeam.connectors.doubles import EndpointDouble
+from bidbeam.connectors.errors import InputError
+from bidbeam.pipelines.cli import invoke
+from bidbeam.pipelines.quote import quote_job
+from bidbeam.pipelines.run import run
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_a_quote_is_what_the_prices_say(tmp_path: Path) -> None:
+    """Expected cost is that of the lots' tokens, half of the ideal hits at the cached price, answers at full length."""
+    # A token per four bytes, of raw prompts alone: 10 of 40 bytes; 36 bytes, 9 tokens, are shared.
+    rows = pa.table({"id": [f"q{n}" for n in range(10)], "prompt": [f"{'word ' * 7}the {n} 4" for n in range(10)]})
+    assert {len(text) for text in rows.column("prompt").to_pylist()} == {42}
+    job = make_job(
+        tmp_path,
+        rows,
+        [remote("near"), remote("far", price={"input": "1", "output": "2"})],
+        prompt={"id": "id", "column": "prompt", "format": "raw"},
+        baseline={"name": "list", "input": "1", "cached_input": "0.5", "output": "2", "per": "1M tokens"},
+        budget={"max_cost": "1.00"},
+    )
+    quote = quote_job(job)
+    # 11 tokens each. Shared are 39 bytes, 9 tokens: not one whole block of 16.
+    assert (quote.requests, quote.input_tokens, quote.ideal_cached_tokens) == (10, 110, 0)
+    per_token = Decimal("1E-6")
+    assert quote.expected_cost == (110 * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
+    # At worst every byte is a token, and the template adds 64 to each request.
+    assert quote.worst_case_cost == ((110 * 4 + 640) * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
+    assert quote.baseline_cost == (110 * 1 + 80 * 2) * per_token
+    assert [(pool.pool, pool.lots, pool.requests) for pool in quote.pools] == [("near", 1, 10), ("far", 0, 0)]
+    assert quote.pools[1].why_not == "others bid less"
+    assert quote.estimated
+    assert quote.budget == Decimal("1.00")
+
+
+def test_cached_tokens_are_quoted_at_their_share(tmp_path: Path) -> None:
+    """Of whole blocks that requests share a remote pool is expected to hit half, at its cached price."""
+    rows = pa.table({"id": [f"q{n}" for n in range(5)], "prompt": [f"{'a' * 128}{n}" for n in range(5)]})
+    job = make_job(tmp_path, rows, [remote("near")], prompt={"id": "id", "column": "prompt", "format": "raw"})
+    quote = quote_job(job)
+    # 33 tokens each, of which four requests share 32, two blocks.
+    assert (quote.input_tokens, quote.ideal_cached_tokens) == (165, 128)
+    expected = (165 - 64) * Decimal("0.10") + 64 * Decimal("0.01") + 40 * Decimal("0.40")
+    assert quote.expected_cost == expected / 1_000_000
+
+
+def test_a_quote_sends_and_writes_nothing(tmp_path: Path) -> None:
+    """No endpoint hears of a quote, and neither output nor ledger nor anything beside the job appears."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(5), [remote("near", double.base_url)])
+        before = sorted(tmp_path.rglob("*"))
+        assert quote_job(job).lots == 1
+        assert (double.requests, double.connections) == ([], 0)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_quote_says_what_nobody_would_take(tmp_path: Path) -> None:
+    """Bad rows, rows that no pool may serve and rows beyond the budget are counted by what stands in their way."""
+    rows = pa.table(
+        {
+            "id": list("abcd"),
+            "prompt": [None, "fine", "nowhere", "fine too"],
+            "placement": [None, None, '{"zdr": true}', None],
+        }
+    )
+    quote = quote_job(make_job(tmp_path, rows, [remote("near")]))
+    assert (quote.dead_invalid, dict(quote.unserved)) == (1, {"no_eligible_pool": 1})
+    poor = quote_job(make_job(tmp_path, rows, [remote("near")], budget={"max_cost": "0"}))
+    assert dict(poor.unserved) == {"no_eligible_pool": 1, "budget": 2}
+    assert poor.worst_case_cost == 0
+    assert quote_job(make_job(tmp_path / "none", rows.slice(0, 1), [remote("near")])).lots == 0
+
+
+def test_a_quote_fails_as_the_run_would(tmp_path: Path) -> None:
+    """What the run would refuse, the quote refuses the same way."""
+    job = make_job(tmp_path, prompts(2), [remote("near")], prompt={"column": "prumpt"})
+    with pytest.raises(InputError, match="did you mean 'prompt'"):
+        quote_job(job)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(
+    st.lists(
+        st.tuples(st.text("abc ", min_size=1, max_size=300), st.integers(1, 40), st.integers(1, 2)),
+        min_size=1,
+        max_size=30,
+    ),
+    st.booleans(),
+)
+def test_no_run_costs_more_than_its_quotes_worst_case(rows: list[tuple[str, int, int]], hourly: bool) -> None:
+    """A rehearsal's bill stays within the worst case that was quoted, on pools paid by the token."""
+    table = pa.table(
+        {
+            "id": [str(n) for n in range(len(rows))],
+            "prompt": [row[0] + "x" for row in rows],
+            "max_tokens": [row[1] for row in rows],
+            "n": [row[2] for row in rows],
+        }
+    )
+    models: dict[str, Any] = {"tiny": {"source": tiny_model()}}
+    pools = [remote("near"), remote("far", price={"input": "0.05", "output": "0.9", "request": "0.0001"})]
+    if hourly:
+        pools.append(by_the_hour("own", capacity={"tokens_per_second": 1}))
+    with tempfile.TemporaryDirectory() as scratch:
+        job = make_job(Path(scratch), table, pools, models=models)
+        quote = quote_job(job)
+        summary = run(job, rehearse=True)
+    assert summary.cost <= quote.worst_case_cost
+    assert quote.expected_cost <= quote.worst_case_cost
+    assert (summary.input_tokens, quote.estimated) == (quote.input_tokens, False)
+    assert summary.ideal_cached_tokens == quote.ideal_cached_tokens
+
+
+def test_the_quote_command_prints_and_exits_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``bidbeam quote`` ends well and names the costs."""
+    make_job(tmp_path, prompts(3), [remote("near")])
+    assert invoke(["quote", str(tmp_path / "job.yaml")]) == 0
+    assert "near" in capsys.readouterr().out

@@ -61,12 +61,10 @@ class BareEngine:
             self._receive()
             self._loaded = True
 
-    def run(
-        self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], *, salt: str | None = None, window: int = 0
-    ) -> BareResult:
-        """Generates for prompts of token ids, in their order; at most ``window`` of them in the engine (0: all)."""
+    def run(self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> BareResult:
+        """Generates for prompts of token ids, in their order, with an empty prefix cache at the start."""
         self.ready()
-        self._send({"prompts": [*map(list, prompts)], "sampling": dict(sampling), "salt": salt, "window": window})
+        self._send({"prompts": [*map(list, prompts)], "sampling": dict(sampling)})
         return BareResult(**self._receive())
 
     def close(self) -> None:
@@ -111,20 +109,16 @@ def _serve() -> None:
         print(json.dumps(_generate(engine, **json.loads(line))), file=answers, flush=True)
 
 
-def _generate(
-    engine: Any, prompts: list[list[int]], sampling: dict[str, Any], salt: str | None, window: int
-) -> dict[str, Any]:
+def _generate(engine: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
-    salted = {} if salt is None else {"cache_salt": salt}
     done: dict[int, Any] = {}
-    sent = 0
+    engine.reset_prefix_cache()
     started = time.perf_counter()
-    while len(done) < len(prompts):
-        while sent < len(prompts) and (not window or sent - len(done) < window):
-            engine.add_request(str(sent), {"prompt_token_ids": prompts[sent], **salted}, params)
-            sent += 1
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+    while engine.has_unfinished_requests():
         for output in engine.step():
             if output.finished:
                 done[int(output.request_id)] = output

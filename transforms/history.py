@@ -41,7 +41,7 @@ _MATCH_REPEATED = """
 
 FINAL_ALWAYS = ("caller", "policy")
 FINAL_ONCE_ENDED = ("bad_output", "auth_funds", "server", "timeout")
-"""Errors after which a request is not tried again by a start that follows one which ran to its end."""
+"""Errors after which a request is not tried again, once the start that met them has run to its end."""
 
 
 def earlier_segments(context: RunContext) -> list[str]:
@@ -122,18 +122,22 @@ def _name(range_: int) -> str:
 
 def history_of(context: RunContext, range_: int) -> pa.Table | None:
     """Earlier attempts at a range's requests, as SEGMENT rows tagged with this start's places; None without any."""
+    parts = [rows for _, rows in _parts(context, range_)]
+    return pa.concat_tables(parts).unify_dictionaries() if parts else None
+
+
+def _parts(context: RunContext, range_: int) -> Iterator[tuple[bool, pa.Table]]:
+    """The same, file by file, each with whether the start that made the attempts has ended."""
     if not context.has_history or not context.scratch.exists(_name(range_)):
-        return None
+        return
     with context.scratch.open_input(_name(range_)) as source:
         found = pa.ipc.open_file(source).read_all()
     names = earlier_segments(context)
-    parts = []
     for number in pc.unique(found.column("segment")).to_pylist():
         mine = found.filter(pc.equal(found.column("segment"), number))
         rows = _rows_of(context, names[number], mine.column("row"))
         tags = (np.int64(range_) << 32) | mine.column("place").to_numpy().astype(np.int64)
-        parts.append(rows.set_column(0, SEGMENT.field("tag"), pa.array(tags)))
-    return pa.concat_tables(parts).unify_dictionaries()
+        yield is_kept(names[number]), rows.set_column(0, SEGMENT.field("tag"), pa.array(tags))
 
 
 def _rows_of(context: RunContext, name: str, rows: pa.Array) -> pa.Table:
@@ -142,15 +146,14 @@ def _rows_of(context: RunContext, name: str, rows: pa.Array) -> pa.Table:
     return read_segment(context.journal, name)[0].take(rows)
 
 
-def settled_places(context: RunContext, places: int, history: pa.Table | None) -> npt.NDArray[np.bool_]:
+def settled_places(context: RunContext, range_: int, places: int) -> npt.NDArray[np.bool_]:
     """Which of a range's places need no further attempt: answered, or ended for good. Shape (places,)."""
     settled = np.zeros(places, bool)
-    if history is None:
-        return settled
-    at = history.column("tag").to_numpy() & 0xFFFFFFFF
-    status = history.column("status").cast(pa.string())
-    errors = history.column("error_class").cast(pa.string())
-    final = pa.array([*FINAL_ALWAYS, *(FINAL_ONCE_ENDED if context.ended_before else ())])
-    over = pc.or_(pc.equal(status, "ok"), pc.fill_null(pc.is_in(errors, value_set=final), False))
-    settled[at[over.to_numpy()]] = True
+    for ended, rows in _parts(context, range_):
+        at = rows.column("tag").to_numpy() & 0xFFFFFFFF
+        status = rows.column("status").cast(pa.string())
+        errors = rows.column("error_class").cast(pa.string())
+        final = pa.array([*FINAL_ALWAYS, *(FINAL_ONCE_ENDED if ended else ())])
+        over = pc.or_(pc.equal(status, "ok"), pc.fill_null(pc.is_in(errors, value_set=final), False))
+        settled[at[over.to_numpy()]] = True
     return settled

@@ -15,7 +15,7 @@ from bidbeam.connectors.inputs import Split
 from bidbeam.connectors.store import Store
 from bidbeam.connectors.tokenizer import ModelTools, model_tools
 from bidbeam.transforms.failures import reported
-from bidbeam.transforms.history import history_of, match_history, settled_places
+from bidbeam.transforms.history import match_history, settled_places
 from bidbeam.transforms.lots import lots_of_places
 from bidbeam.transforms.merging import RangeRef, merge_range
 from bidbeam.transforms.order import live_places, read_order
@@ -163,7 +163,6 @@ class _CutLots(beam.DoFn):
     def process(self, ref: RangeRef, _matched: Sequence[int]) -> Iterator[pa.Table]:
         with reported(self._context):
             order = read_order(self._context, ref.range)
-            history = history_of(self._context, ref.range)
-            places = live_places(order, settled_places(self._context, order.num_rows, history))
+            places = live_places(order, settled_places(self._context, ref.range, order.num_rows))
             if len(places):
                 yield lots_of_places(self._context, ref.range, ref.groups, order, places)

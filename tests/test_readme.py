@@ -159,5 +159,5 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 
 def test_readme_fits_on_three_screens() -> None:
-    """Short enough to be read: at most 190 lines, outputs included."""
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 190
+    """Short enough to be read: at most 210 lines, outputs included."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 210

@@ -148,11 +148,11 @@ def test_a_slow_endpoint_costs_failed_attempts_and_never_a_hang(tmp_path: Path) 
     """Requests that take longer than the pool's timeout fail as such and are answered elsewhere."""
     with EndpointDouble(["tiny"], Reply.slow(30)) as near, EndpointDouble(["tiny"]) as far:
         pools = [
-            remote("near", near.base_url, price=CHEAP, timeout="1s"),
+            remote("near", near.base_url, price=CHEAP, timeout="1s", capacity={"concurrency": 8}),
             remote("far", far.base_url, price=DEAR),
         ]
-        summary, found = run_and_read(make_job(tmp_path, prompts(20), pools), 20)
-        assert (summary.status, summary.served) == ("complete", 20)
+        summary, found = run_and_read(make_job(tmp_path, prompts(6), pools), 6)
+        assert (summary.status, summary.served) == ("complete", 6)
     assert set(classes(found, "near")) == {("failed", "timeout")}
 
 

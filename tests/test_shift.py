@@ -17,7 +17,7 @@ from small_plans import Planned, make_context, make_plan, write_input
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import Interrupted, PoolDown
 from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
-from bidbeam.transforms import stopping
+from bidbeam.transforms import shift, stopping
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
@@ -100,7 +100,7 @@ class Scripted:
 def _result(row: dict[str, Any], **given: Any) -> dict[str, Any]:
     answer = {"output": f"to {row['prompt']}", "input_tokens": 10, "output_tokens": 2, "usage_source": "reported"}
     result = {"tag": row["tag"], "status": "ok", "started_at": AT, "finished_at": AT, **given}
-    return result | (answer if result["status"] == "ok" else {})
+    return answer | result if result["status"] == "ok" else result
 
 
 def pool(name: str, prices: Any = TOKENS, **keys: Any) -> PoolSpec:
@@ -136,10 +136,10 @@ class Stage:
         """The rows of all segments that the shift gave, and what it left unserved."""
         context = keys.pop("context", self.context)
         slots = {name: Slot(engine, lambda timeout_s: 7) for name, engine in engines.items()}
-        shift = Shift(task, context, self.plan.spills, slot=lambda name, model, replica: slots[name], **keys)
+        working = Shift(task, context, self.plan.spills, slot=lambda name, model, replica: slots[name], **keys)
         segments: list[SegmentRef] = []
         unserved = None
-        for result in shift.run():
+        for result in working.run():
             if result.segment is not None:
                 segments.append(result.segment)
             if result.unserved is not None:
@@ -286,6 +286,22 @@ def test_reserved_time_is_a_wall(tmp_path: Path) -> None:
     assert all(lot["failed_on"] == [] for lot in unserved.to_pylist())
 
 
+def test_a_pool_that_bills_more_than_was_reserved_is_bought_from_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a provider reports is booked, but once it is beyond the reservation nothing more is sent."""
+    monkeypatch.setattr(shift, "_SEGMENT_S", 0.0)
+    stage = Stage(tmp_path, rows=60)
+    near = Scripted(outcome=lambda tag: {"input_tokens": 1_000_000})
+    task = replace(stage.task({"near": stage.plan.lots.num_rows}), reserved=Decimal("0.55"))
+    rows, unserved = stage.run(task, {"near": near})
+    # A tenth of a dollar each: the sixth breaks it, and a window of four is in flight by then.
+    assert 6 <= len(near.tags) <= 12
+    assert tags(rows, status="ok") == near.tags
+    assert {lot["last_error"] for lot in unserved.to_pylist()} == {"budget"}
+    assert places(unserved) == list(range(len(near.tags), 60))
+
+
 def test_nothing_goes_where_it_may_not_even_if_the_market_said_so(tmp_path: Path) -> None:
     """The engine's door checks placement again, for the winner and for the runner-up."""
     stage = Stage(tmp_path, pools=(pool("near", placement={"zdr": False}), pool("far", placement={"zdr": True})))
@@ -332,8 +348,8 @@ def test_progress_counts_all_that_is_spent(tmp_path: Path) -> None:
     stage = Stage(tmp_path, pools=(pool("own", HOURS),))
     task = stage.task({"own": stage.plan.lots.num_rows})
     slot = Slot(Scripted(), lambda timeout_s: 1500)
-    shift = Shift(task, stage.context, stage.plan.spills, slot=lambda *_: slot)
-    segments = [result.segment for result in shift.run() if result.segment is not None]
-    lane = next(iter(shift._lanes.values()))
+    working = Shift(task, stage.context, stage.plan.spills, slot=lambda *_: slot)
+    segments = [result.segment for result in working.run() if result.segment is not None]
+    lane = next(iter(working._lanes.values()))
     assert lane.cost == sum((segment.cost for segment in segments), Decimal(0)) > Decimal("1.5") * HOURS["setup"]
     assert (lane.settled, lane.failed, lane.input_tokens, lane.output_tokens) == (24, 0, 240, 48)

@@ -209,8 +209,13 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
                     reserved_ms=round(((seconds or 0.0) / engines + _held_s(round_)) * 1000) if walled else None,
                 )
             )
+    by_time = [state.spec.price.by_time for state in cleared.bids.pools]
+    timed = [
+        cost for pool, cost in zip(cleared.pool_of, cleared.reserved, strict=True) if cost is not None and by_time[pool]
+    ]
+    reserved = None if context.max_cost is None else cleared.committed - sum(timed, Decimal(0))
     for number, awards in sorted(by_shift.items()):
-        yield ShiftTask(round_, number, tuple(awards), terms)
+        yield ShiftTask(round_, number, tuple(awards), terms, reserved)
 
 
 def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[int]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,8 @@ class ShiftTask:
     awards: tuple[Award, ...]
     runner_up_terms: dict[tuple[str, str], Terms] = field(default_factory=dict)
     """Terms of (pool, model) pairs that lots may be handed to."""
+    reserved: Decimal | None = None
+    """USD that this round may cost on pools paid by the token; None: there is no budget."""
 
     @property
     def prefix(self) -> str:
@@ -270,14 +273,19 @@ class Shift:
             self._unsent.setdefault(lot["lot_id"], _Left(lot)).add(tags, why, pool)
 
     def _check_walls(self, stop_at: float | None) -> float | None:
-        """Deadline, reserved accelerator time and interruption: who gets no more, and what is cancelled."""
+        """Deadline, reserved money and time, interruption: who gets no more, and what is cancelled."""
         deadline = self._context.deadline_at
         late = deadline is not None and self._now() >= deadline
+        # Only a provider that reports more than the worst case gets this far: it is bought from no more.
+        bought = sum((lane.cost for lane in self._lanes.values() if not lane.terms.price.by_time), Decimal(0))
+        overspent = self._task.reserved is not None and bought > self._task.reserved
         for lane in self._lanes.values():
             if lane.stopped or lane.down:
                 continue
             if late:
                 self._stop(lane, "deadline")
+            elif overspent and not lane.terms.price.by_time:
+                self._stop(lane, "budget")
             elif lane.over_reserve(_SEGMENT_S):
                 self._stop(lane, "budget")
                 lane.engine.cancel()

@@ -279,3 +279,25 @@ def test_time_is_shared_to_the_last_digit(tmp_path: Path) -> None:
     seconds = total([row for row in found.rows("charges") if row["meter"] == "accelerator_second"], "quantity")
     assert seconds * 1000 == int(seconds * 1000)
     assert {row["recount_input_tokens"] for row in found.attempts} == {row["input_tokens"] for row in found.attempts}
+
+
+def test_parquet_and_json_lines_mix_in_one_run(tmp_path: Path) -> None:
+    """Rows of both formats, torn lines among them, end once each, and JSON Lines bring the columns that they lack."""
+    (tmp_path / "in").mkdir()
+    pq.write_table(
+        pa.table({"id": ["p1", "p2"], "prompt": ["one", "two"], "note": ["x", None]}), tmp_path / "in" / "a.parquet"
+    )
+    lines = [
+        '{"id": "j1", "prompt": "three"}',
+        "{not json",
+        '{"id": "j2", "prompt": null}',
+        '{"id": "p1", "prompt": "one"}',
+    ]
+    (tmp_path / "in" / "b.jsonl").write_text("\n".join(lines))
+    job = make_job(tmp_path, None, [remote("near")], input=str(tmp_path / "in" / "*"))
+    run(job, rehearse=True)
+    found = written(job, rehearse=True)
+    check_conserved(found, 6)
+    assert sorted(found.outputs.column("request_id").to_pylist()) == ["j1", "p1", "p2"]
+    assert {row["id"]: row["note"] for row in found.outputs.to_pylist()} == {"p1": "x", "p2": None, "j1": None}
+    assert found.manifest["dead"] == {"invalid": 3}

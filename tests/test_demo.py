@@ -131,12 +131,12 @@ def test_server_never_outlives_the_demo(tmp_path: Path, end: str) -> None:
 
 def test_server_that_ends_early_is_reported_with_its_log(demo: Path, tmp_path: Path) -> None:
     """A server that dies while starting is an error that shows the end of its log."""
-    from server import DemoServer
+    from server import DemoServer, ServerError
 
     log = tmp_path / "log"
     with (
         DemoServer([sys.executable, "-c", "print('no such model')"], {}, port=9, log=log) as server,
-        pytest.raises(RuntimeError, match="no such model"),
+        pytest.raises(ServerError, match="no such model"),
     ):
         server.wait_until_ready()
 

@@ -24,8 +24,9 @@ from types import FrameType
 
 import pyarrow.dataset as pads
 from make_prompts import write
-from server import DemoServer, start_vllm
+from server import DemoServer, ServerError, start_vllm
 
+from bidbeam.connectors.errors import BidbeamError
 from bidbeam.connectors.ledger_reader import query_ledger
 from bidbeam.connectors.model_files import prepare_model
 from bidbeam.pipelines.job import Job
@@ -184,4 +185,9 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (BidbeamError, ServerError) as error:
+        sys.exit(f"error: {error}")

@@ -22,6 +22,10 @@ from typing import Self
 READY_TIMEOUT_S = 300.0
 
 
+class ServerError(Exception):
+    """The server has ended, or does not come up."""
+
+
 def start_vllm(model_dir: str, served_name: str, *, key: str, cores: list[int], log: Path) -> DemoServer:
     """vLLM's own OpenAI-compatible server, to be used as a context manager."""
     port = free_port()
@@ -77,18 +81,18 @@ class DemoServer:
             self._process.wait()
 
     def wait_until_ready(self) -> None:
-        """Returns when the server answers. Raises RuntimeError when it has ended, or takes too long."""
+        """Returns when the server answers. Raises ServerError when it has ended, or takes too long."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
-                raise RuntimeError(f"the server has ended; the end of {self._log}:\n{self._tail()}")
+                raise ServerError(f"the server has ended; the end of {self._log}:\n{self._tail()}")
             try:
                 self._get("/health")
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
             else:
                 return
-        raise RuntimeError(f"the server is not up after {READY_TIMEOUT_S:.0f} s; see {self._log}")
+        raise ServerError(f"the server is not up after {READY_TIMEOUT_S:.0f} s; see {self._log}")
 
     def counters(self) -> dict[str, int]:
         """The server's own count of tokens since its start: input, cached, output."""

@@ -68,6 +68,8 @@ def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision 
                 | "Write counts" >> beam.FlatMap(_write_counts, planned.all_spills, planned.all_ranges)
             )
     except Exception as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from None
         cause = failure_of(context.scratch)
         if cause is not None:
             raise cause from error
@@ -78,6 +80,15 @@ def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision 
 
 
 _COUNTS = "counts.json"
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: Beam wraps whatever passes through a stage."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def read_counts(data: bytes) -> dict[str, int]:

@@ -71,6 +71,7 @@ def write_job(
         "model": "tiny",
         "prompt": {"id": "id", "column": "prompt"},
         "sampling": {"max_tokens": 8, "temperature": 0},
+        "auction": {"rounds": 2},
         "pools": "pools.yaml",  # or the list itself
         **keys,
     }

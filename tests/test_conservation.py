@@ -104,6 +104,7 @@ def job_of(home: Path, tables: list[pa.Table], **keys: Any) -> Job:
         "input": [str(home / "in" / "*.parquet"), *([str(home / "in" / "*.arrow")] if len(tables) > 1 else [])],
         "prompt": {"id": "id", "column": "prompt", "tenant": "customer"},
         "tags": {"team": "growth"},
+        "auction": {"rounds": 1},
         "baseline": {"name": "list", "input": "1", "output": "2", "per": "1M tokens"},
     }
     return make_job(home, None, pools, **(given_ | keys))
@@ -136,7 +137,7 @@ def check_rows(found: Written, tables: list[pa.Table]) -> None:
     assert sorted(seen) == sorted(marks)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=6, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(
     st.lists(st.lists(bad_or_good, max_size=12), min_size=1, max_size=3),
     extras,

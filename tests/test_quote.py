@@ -95,7 +95,7 @@ def test_a_quote_fails_as_the_run_would(tmp_path: Path) -> None:
         quote_job(job)
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=2, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(
     st.lists(
         st.tuples(st.text("abc ", min_size=1, max_size=300), st.integers(1, 40), st.integers(1, 2)),
@@ -119,7 +119,7 @@ def test_no_run_costs_more_than_its_quotes_worst_case(rows: list[tuple[str, int,
     if hourly:
         pools.append(by_the_hour("own", capacity={"tokens_per_second": 1}))
     with tempfile.TemporaryDirectory() as scratch:
-        job = make_job(Path(scratch), table, pools, models=models)
+        job = make_job(Path(scratch), table, pools, models=models, auction={"rounds": 1})
         quote = quote_job(job)
         summary = run(job, rehearse=True)
     assert summary.cost <= quote.worst_case_cost

@@ -108,8 +108,8 @@ def test_a_crash_between_segments_costs_only_what_was_in_flight(
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(write_outputs, "publish_range"), (booking, "write_part"), (finishing, "_write_output_manifest")],
-    ids=["outputs", "ledger", "manifest"],
+    [(booking, "write_part"), (finishing, "_write_output_manifest")],
+    ids=["ledger", "manifest"],
 )
 def test_a_crash_while_publishing_sends_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str

@@ -23,6 +23,6 @@ class ReadPrompts(beam.PTransform[Any, Any]):
 
     def expand(self, pbegin: PBegin) -> PCollection[Any]:
         splits: PCollection[Any] = (
-            pbegin | "List splits" >> beam.Create(self._splits) | "Spread splits" >> beam.Reshuffle()
+            pbegin | "List splits" >> beam.Create(self._splits, reshuffle=False) | "Spread splits" >> beam.Reshuffle()
         )
         return splits

@@ -17,7 +17,9 @@ METERS: tuple[Meter, ...] = (
     "accelerator_idle_second", "setup",
 )  # fmt: skip
 
-PoolKind = Literal["vllm", "openai"]
+PoolKind = Literal["vllm", "openai", "batch", "lease"]
+"""An engine in our workers; an endpoint asked request by request; a provider's batch API; a node that is rented for the
+run, on which vLLM serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class PoolSpec:
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 600.0
     """Seconds that one request may take before it counts as ``timeout``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the profile asks for beside an address and a key: region, project, endpoint name, image, ..."""
 
 
 @dataclass(frozen=True, slots=True)

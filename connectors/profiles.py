@@ -89,6 +89,12 @@ class Profile:
     """Whether the request body may carry ``cache_salt``, which keeps the prefix caches of tenants apart."""
     labels: Mapping[str, Any] = field(default_factory=dict)
     """Placement labels that the provider declares for all it serves."""
+    transport: Literal["http", "sagemaker"] = "http"
+    """Who carries requests there: our own client, or AWS's."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Names that the pool's ``options`` may have, each with what it is; ``{name}`` in ``base_url`` takes their value."""
+    needs: tuple[str, ...] = ()
+    """Those of ``options`` that must be there."""
 
 
 _PROFILES: tuple[Profile, ...] = (

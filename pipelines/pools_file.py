@@ -32,14 +32,17 @@ from bidbeam.pipelines.prices import price_of
 from bidbeam.pipelines.terms import FxRate
 from bidbeam.pipelines.yaml_text import Node
 
-KINDS: tuple[PoolKind, ...] = ("vllm", "openai")
+KINDS: tuple[PoolKind, ...] = ("vllm", "openai", "batch", "lease")
 OPERATORS = ("own", "cloud", "datacenter", "community")
 SECTIONS = ("models", "fx", "pools")
 
 _COMMON = ("name", "kind", "models", "price", "capacity", "placement")
+_REMOTE = (*_COMMON, "profile", "base_url", "api_key_env", "api_key_file", "context", "headers", "timeout", "options")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "vllm": (*_COMMON, "accelerator", "engine"),
-    "openai": (*_COMMON, "profile", "base_url", "api_key_env", "api_key_file", "context", "headers", "timeout"),
+    "openai": _REMOTE,
+    "batch": _REMOTE,
+    "lease": (*_REMOTE, "engine"),
 }
 _ANY_KEY = tuple(dict.fromkeys(key for keys in _KEYS.values() for key in keys))
 
@@ -147,9 +150,9 @@ def _pool(node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str,
     )
     if kind == "vllm":
         _check_sources(fields, models, declared)
-    price = price_of(fields.need("price", "what it costs"), name, fx, by_hour=kind == "vllm")
+    price = price_of(fields.need("price", "what it costs"), name, fx, by_hour=kind in ("vllm", "lease"))
     profile, labels = _profile(fields)
-    remote = kind == "openai"
+    remote = kind != "vllm"
     return PoolSpec(
         name=name,
         kind=kind,
@@ -166,7 +169,26 @@ def _pool(node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str,
         context=fields.maybe("context", lambda entry: whole_of(entry, 1, 2**31 - 1)),
         headers=fields.read("headers", text_map_of, {}),
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
+        options=_options(fields, profile) if remote else {},
     )
+
+
+def _options(fields: Fields, name: str | None) -> dict[str, Any]:
+    """The pool's ``options``: those that its profile knows, and all that it needs."""
+    from bidbeam.connectors.profiles import profile
+
+    chosen = profile(name)
+    node = fields.get("options")
+    known = ", ".join(chosen.options) or "none: leave options out"
+    given = {} if node is None else plain_map_of(node, str)
+    for key, entry in (node.entries if node is not None else {}).items():
+        if key not in chosen.options:
+            raise fault(entry, f"is no option of profile {chosen.name}", known, nearest(key, chosen.options))
+    for key in chosen.needs:
+        if given.get(key) in (None, ""):
+            problem = f"profile {chosen.name} needs options.{key}"
+            raise fault(node or fields.node, problem, f"{key}: {chosen.options[key]}")
+    return given
 
 
 def _kind(fields: Fields) -> PoolKind:

@@ -62,6 +62,8 @@ class PoolState:
     """Requests tried so far, by outcome; callers' faults and rate limits count as neither."""
     cache_block: int | None = None
     """Tokens that the engine caches as a whole; None for a remote pool."""
+    turnaround_s: float = 0.0
+    """Seconds before the first answer can be expected: a node that has to start, a batch that has to wait its turn."""
 
 
 def prior_state(
@@ -297,7 +299,7 @@ def finish_times(pool: PoolState, now: datetime, seconds: Floats) -> pa.Array:
     """When the pool would be done with this much work (UTC), null where its speed is unknown."""
     start = max(now, pool.available_from)
     micros = np.where(np.isnan(seconds), 0, np.ceil(seconds * 1e6)).astype(np.int64) + int(
-        start.timestamp() * 1_000_000
+        (start.timestamp() + pool.turnaround_s) * 1_000_000
     )
     return pa.array(micros, mask=np.isnan(seconds)).cast(UTC)
 
@@ -333,7 +335,7 @@ def make_bids(
             seconds[:, at] = (cold.uncached + cold.output) / pool.tokens_per_second
         if deadline is not None:
             late = (deadline - now).total_seconds()
-        finish = wait + np.nan_to_num(seconds[:, at], nan=0.0)
+        finish = wait + pool.turnaround_s + np.nan_to_num(seconds[:, at], nan=0.0)
         reasons = _reject_reasons(columns, pool, rate, finish=finish, late=late)
         reject.append(reasons)
         may[:, at] = np.asarray(pc.is_null(reasons))

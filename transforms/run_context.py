@@ -66,6 +66,8 @@ class RunContext:
     """The job's tags as canonical JSON text."""
     baseline: Baseline | None = None
     fx: Mapping[str, FxQuote] = field(default_factory=dict)
+    known: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    """What the ledger's earlier runs taught of each (pool, model): see ``transforms.reputation``."""
     samples: bool = False
     """Whether a request may ask for several samples, so that outputs have the column."""
     has_history: bool = False

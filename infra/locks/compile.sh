@@ -8,7 +8,7 @@ python="${PYTHON:-.venv/bin/python}"
 share_indexes_with_uv "$python"
 # Python 3.11, the oldest that is supported: what resolves there, installs on newer ones.
 "$python" -m uv pip compile pyproject.toml \
-  --extra cpu --extra s3 --group dev --group demo \
+  --extra cpu --extra s3 --extra aws --extra google --group dev --group demo \
   --override infra/locks/overrides.txt --python-version 3.11 --upgrade \
   --no-header --no-annotate --quiet --output-file infra/locks/cpu.txt
 {

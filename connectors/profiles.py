@@ -92,7 +92,7 @@ class Profile:
     transport: Literal["http", "sagemaker"] = "http"
     """Who carries requests there: our own client, or AWS's."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Names that the pool's ``options`` may have, each with what it is; ``{name}`` in ``base_url`` takes their value."""
+    """What the pool's ``options`` may name, and what each is; ``{name}`` in ``base_url`` takes its value."""
     needs: tuple[str, ...] = ()
     """Those of ``options`` that must be there."""
 

@@ -440,8 +440,11 @@ def _nothing() -> None:
 
 
 def _window(max_num_seqs: int) -> int:
-    """Requests in flight that keep vLLM's batch full and its queue, whose order is the cache policy, never empty."""
-    return max_num_seqs + max(8, max_num_seqs // 4)
+    """Requests in flight that keep vLLM's batch full and its queue, whose order is the cache policy, never empty.
+
+    Answers of one length begin and end together: a whole batch more has to stand ready for the step after.
+    """
+    return 2 * max_num_seqs
 
 
 def _exited(pid: int) -> bool:

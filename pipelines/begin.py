@@ -35,7 +35,7 @@ from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, star
 
 _RANGE_ROWS = 131_072
 _RANGE_BYTES = 64 << 20
-_LOT_TOKENS = (4_096, 262_144)
+_LOT_TOKENS = (4_096, 1_048_576)
 _LOTS_PER_POOL = 16
 _DEFAULT_BLOCK = 16
 _CPU_BLOCK = 128

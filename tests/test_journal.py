@@ -20,7 +20,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.transforms.journal import (
     OVERHEAD,
     list_segments,
-    read_batches,
+    read_rows,
     read_segment,
     segment_ref,
     sound_segments,
@@ -72,8 +72,11 @@ def test_a_segment_gives_each_range_its_own_rows(places: list[tuple[int, int] | 
     assert ref.rows == len(tags)
     assert list(ref.ranges) == sorted({OVERHEAD if tag is None else tag >> 32 for tag in tags})
     for range_ in (OVERHEAD, 0, 1, 2, 3, 4):
-        found = [tag for batch in read_batches(store, [ref], range_) for tag in batch.column("tag").to_pylist()]
-        assert found == [tag for tag in tags if (OVERHEAD if tag is None else tag >> 32) == range_]
+        here, of_these = read_rows(store, [ref], range_)
+        assert of_these == ({"price-near": terms()} if range_ in ref.ranges else {})
+        assert here.column("tag").to_pylist() == [
+            tag for tag in tags if (OVERHEAD if tag is None else tag >> 32) == range_
+        ]
     rows, agreed = read_segment(store, ref.name)
     assert sum_decimal(rows.column("cost")) == ref.cost == len(tags) * Decimal("1E-18")
     assert agreed == {"price-near": terms()}

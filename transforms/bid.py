@@ -22,9 +22,8 @@ from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_st
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
-from bidbeam.transforms.journal import SegmentRef
+from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
-from bidbeam.transforms.publishing import spent_on
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift import Award, ShiftTask

@@ -9,12 +9,12 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.ledger_writer import PartFile, write_part
+from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import PRICES
 from bidbeam.transforms.charging import explode
 from bidbeam.transforms.journal import SegmentRef, read_segment
-from bidbeam.transforms.publishing import PoolCount, Published
+from bidbeam.transforms.published import PoolCount, Published
 from bidbeam.transforms.run_context import RunContext, start_of
 from bidbeam.transforms.settling import Terms
 
@@ -43,37 +43,38 @@ def segment_groups(segments: Sequence[SegmentRef]) -> Iterator[tuple[str, tuple[
 
 
 def book(context: RunContext, part: str, segments: Sequence[SegmentRef]) -> Published:
-    """Writes the attempts and charges of a group of segments; ``cost`` of the result is their sum in USD."""
-    attempts, charges, counts = [], [], []
-    terms: dict[str, Terms] = {}
-    cost = Decimal(0)
+    """Writes the attempts and charges of a group of segments (see ``book_rows``)."""
+    tables, terms = [], dict[str, Terms]()
     for segment in segments:
         rows, mine = read_segment(context.journal, segment.name)
+        tables.append(rows)
         terms |= mine
-        cost += sum_decimal(rows.column("cost"))
-        counts += pool_counts(rows)
-        tried, charged = explode(
-            rows,
-            schedules=mine,
-            run_id=context.run_id,
-            run_date=context.run_date,
-            tags=context.tags,
-            baseline=context.baseline,
-        )
-        attempts.append(tried)
-        charges.append(charged)
-    parts: list[PartFile] = []
-    # The same segments under other tags or another baseline are other charges, in a part of their own.
+    return book_rows(context, part, pa.concat_tables(tables).unify_dictionaries(), terms)
+
+
+def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str, Terms]) -> Published:
+    """Writes the attempts and charges of SEGMENT rows; ``cost`` of the result is their sum in USD."""
+    if not rows.num_rows:
+        return Published()
+    attempts, charges = explode(
+        rows,
+        schedules=terms,
+        run_id=context.run_id,
+        run_date=context.run_date,
+        tags=context.tags,
+        baseline=context.baseline,
+    )
+    # The same rows under other tags or another baseline are other charges, in a part of their own.
     part = f"{part}-{hashlib.sha256(repr((context.tags, context.baseline)).encode()).hexdigest()[:8]}"
-    for table, pieces in (("attempts", attempts), ("charges", charges)):
-        whole = pa.concat_tables(pieces).unify_dictionaries()
-        parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, whole))
-    parts.append(write_part(context.ledger, "prices", context.run_date, context.run_id, part, price_rows(terms)))
-    baseline = None
-    if context.baseline is not None:
-        baseline = sum((sum_decimal(table.column("baseline_cost")) for table in charges), Decimal(0))
+    tables = {"attempts": attempts, "charges": charges, "prices": price_rows(terms)}
+    parts = tuple(
+        write_part(context.ledger, name, context.run_date, context.run_id, part, table)
+        for name, table in tables.items()
+    )
+    baseline = None if context.baseline is None else sum_decimal(charges.column("baseline_cost"))
+    cost = sum_decimal(rows.column("cost"))
     # Adding to nothing merges the counts of one pool.
-    return Published() + Published(parts=tuple(parts), cost=cost, baseline_cost=baseline, pools=tuple(counts))
+    return Published() + Published(parts=parts, cost=cost, baseline_cost=baseline, pools=tuple(pool_counts(rows)))
 
 
 def pool_counts(rows: pa.Table) -> list[PoolCount]:

@@ -20,8 +20,13 @@ _DIRECTORY = "answers"
 _OUTPUT = b"bidbeam.output"
 _TEXT = ("output", "samples")
 
-KEPT = pa.schema([*SEGMENT, pa.field("output_row", pa.int64())])
-"""SEGMENT without its texts, and the row of the output file that has them (NULL: the attempt answered nothing)."""
+_NAMES = (
+    "key", "request_id", "lot_id", "round", "attempt_id", "attempt_no", "kind", "pool", "model", "status",
+    "error_class", "error_message", "input_tokens", "cached_tokens", "output_tokens", "finish_reason", "cost",
+)  # fmt: skip
+KEPT = pa.schema([*(SEGMENT.field(name) for name in _NAMES), pa.field("output_row", pa.int64())])
+"""What publishing asks of an attempt, its texts apart, and the row of the output file that has these (NULL: the attempt
+answered nothing). What it used and what each meter charged is in the ledger, once the run has ended."""
 
 
 def keep_attempts(
@@ -31,11 +36,7 @@ def keep_attempts(
     rows = np.full(attempts.num_rows, -1, np.int64)
     # Backwards: of an answer that serves several rows the first counts.
     rows[answers[::-1]] = np.arange(len(answers))[::-1]
-    bare = attempts
-    for name in _TEXT:
-        at = bare.schema.get_field_index(name)
-        bare = bare.set_column(at, SEGMENT.field(at), pa.nulls(bare.num_rows, SEGMENT.field(at).type))
-    kept = bare.append_column(KEPT.field("output_row"), pa.array(rows, mask=rows < 0))
+    kept = attempts.select(_NAMES).append_column(KEPT.field("output_row"), pa.array(rows, mask=rows < 0))
     sink = pa.BufferOutputStream()
     schema = KEPT.with_metadata({_OUTPUT: (output or "").encode()})
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
@@ -64,7 +65,9 @@ def read_kept(context: RunContext, name: str, rows: pa.Array) -> pa.Table:
         output = (reader.schema.metadata or {}).get(_OUTPUT, b"").decode()
         kept = reader.read_all().replace_schema_metadata(None).take(rows)
     at = kept.column("output_row").combine_chunks()
-    found = kept.drop_columns(["output_row"])
+    found = pa.Table.from_arrays(
+        [kept.column(f.name) if f.name in _NAMES else pa.nulls(kept.num_rows, f.type) for f in SEGMENT], schema=SEGMENT
+    )
     if not output:
         return found
     with context.run_dir.open_input(output) as source:

@@ -18,7 +18,7 @@ from bidbeam.connectors.schemas import BASELINES
 from bidbeam.connectors.store import Store
 from bidbeam.transforms.compaction import compact
 from bidbeam.transforms.decisions import market_parts
-from bidbeam.transforms.publishing import OutputFile, PoolCount, Published
+from bidbeam.transforms.published import OutputFile, PoolCount, Published
 from bidbeam.transforms.run_context import RunContext
 
 SUCCESS, INCOMPLETE = "_SUCCESS", "_INCOMPLETE"
@@ -46,20 +46,17 @@ def read_manifest(run_dir: Store) -> dict[str, Any] | None:
     return max(found, key=lambda manifest: int(manifest["starts"]), default=None)
 
 
-def finish(
-    context: RunContext, record: RunRecord, published: Sequence[Published], booked: Sequence[Published], ideal: int
-) -> dict[str, Any]:
+def finish(context: RunContext, record: RunRecord, published: Sequence[Published], ideal: int) -> dict[str, Any]:
     """Writes both manifests and returns the output's. Safe to call again: what stands is met again."""
     before = read_manifest(context.run_dir)
     if before is not None and before["starts"] >= context.start:
         _clean_up(context, before)
         return before
-    total = sum(published, Published())
-    books = sum(booked, _booked_before(before))
+    total = sum(published, _booked_before(before))
     dead = sum(total.dead.values())
     status = "complete" if dead <= record.tolerated else "incomplete"
     finished_at = datetime.now(UTC)
-    parts = [*_kept_parts(context), *total.parts, *books.parts, *market_parts(context), *_baselines(context)]
+    parts = [*_kept_parts(context), *total.parts, *market_parts(context), *_baselines(context)]
     counts = {
         "requests": total.served + dead,
         "served": total.served,
@@ -68,7 +65,7 @@ def finish(
         "ideal_cached_tokens": ideal,
         "output_tokens": total.output_tokens,
     }
-    row = _row(context, record, status, finished_at, dead=dead, cost=books.cost, **counts)
+    row = _row(context, record, status, finished_at, dead=dead, cost=total.cost, **counts)
     _write_ledger_manifest(context, row, parts)
 
     manifest = {
@@ -81,9 +78,9 @@ def finish(
         **counts,
         "dead": dict(total.dead),
         "tolerated": record.tolerated,
-        "cost": f"{books.cost:f}",
-        "baseline_cost": None if books.baseline_cost is None else f"{books.baseline_cost:f}",
-        "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in books.pools],
+        "cost": f"{total.cost:f}",
+        "baseline_cost": None if total.baseline_cost is None else f"{total.baseline_cost:f}",
+        "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
         "input": record.fingerprint,
         "version": record.version,
         "outputs": _files(total.outputs),

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -46,6 +46,11 @@ class SegmentRef:
     served: int
     cost: Decimal
     """USD that all of its attempts cost."""
+
+
+def spent_on(segments: Iterable[SegmentRef]) -> Decimal:
+    """USD that these segments' attempts cost."""
+    return sum((segment.cost for segment in segments), Decimal(0))
 
 
 def terms_to_json(terms: Terms) -> dict[str, object]:
@@ -146,9 +151,12 @@ def _split_by_range(rows: pa.Table) -> list[tuple[int, pa.RecordBatch]]:
 def open_segment(store: Store, name: str) -> tuple[pa.ipc.RecordBatchFileReader, dict[str, Terms]]:
     """A reader of a segment and its terms by price id."""
     reader = pa.ipc.open_file(pa.BufferReader(store.read(name)))
-    listed = json.loads(reader.schema.metadata[_TERMS])
-    terms = [terms_from_json(entry) for entry in listed]
-    return reader, {t.price.price_id: t for t in terms}
+    return reader, _terms_of(reader)
+
+
+def _terms_of(reader: pa.ipc.RecordBatchFileReader) -> dict[str, Terms]:
+    terms = [terms_from_json(entry) for entry in json.loads(reader.schema.metadata[_TERMS])]
+    return {t.price.price_id: t for t in terms}
 
 
 def read_segment(store: Store, name: str) -> tuple[pa.Table, dict[str, Terms]]:
@@ -157,15 +165,18 @@ def read_segment(store: Store, name: str) -> tuple[pa.Table, dict[str, Terms]]:
     return reader.read_all().replace_schema_metadata(None), terms
 
 
-def read_batches(store: Store, segments: Iterable[SegmentRef], range_: int) -> Iterator[pa.RecordBatch]:
-    """The record batches of one range, segment after segment."""
+def read_rows(store: Store, segments: Iterable[SegmentRef], range_: int) -> tuple[pa.Table, dict[str, Terms]]:
+    """One range's rows (SEGMENT) of all segments, in their order, and the terms of all price ids in them."""
+    batches: list[pa.RecordBatch] = []
+    terms: dict[str, Terms] = {}
     for segment in segments:
         wanted = [i for i, r in enumerate(segment.ranges) if r == range_]
         if wanted:
             with store.open_input(segment.name) as source:
                 reader = pa.ipc.open_file(source)
-                for i in wanted:
-                    yield reader.get_batch(i)
+                terms |= _terms_of(reader)
+                batches += (reader.get_batch(i).replace_schema_metadata(None) for i in wanted)
+    return pa.Table.from_batches(batches, schema=SEGMENT).unify_dictionaries(), terms
 
 
 def list_segments(journal: Store, prefix: str = "") -> list[str]:

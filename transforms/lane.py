@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -41,7 +42,7 @@ class Lane:
     terms: Terms
     meter: Callable[[], AcceleratorMeter] | None
     """Set where the pool is paid by time."""
-    open_lot: Callable[[Lot, Engine], LotRequests | None]
+    open_lot: Callable[[Lot, Engine], Future[LotRequests | None]]
     """A lot's requests that are still to be sent; None where an earlier try has settled them all."""
     overhead_id: Callable[[int], bytes]
     """The attempt id of the lane's n-th overhead row."""
@@ -68,6 +69,8 @@ class Lane:
     settled: int = 0
     failed: int = 0
     _opened: LotRequests | None = None
+    _next: tuple[Lot, Future[LotRequests | None]] | None = None
+    """The lot that is opened ahead: an engine must not wait for the store."""
     _at: int = 0
     _outstanding: list[pa.RecordBatch] = field(default_factory=list)
     _results: list[pa.RecordBatch] = field(default_factory=list)
@@ -112,7 +115,7 @@ class Lane:
                 room = self.engine.room
                 if self._opened is None:
                     lot = self.queue.popleft()
-                    self._opened, self._at = self.open_lot(lot, self.engine), 0
+                    self._opened, self._at = self._open(lot), 0
                     if self._opened is None:
                         continue
                     self.lots[self._opened.lot_id] = lot
@@ -129,6 +132,14 @@ class Lane:
                     self._opened = None
         except (ModelError, PoolDown) as error:
             self.mark_down(str(error))
+
+    def _open(self, lot: Lot) -> LotRequests | None:
+        """The lot's requests; meanwhile those of the lot after it are begun."""
+        ahead, self._next = self._next, None
+        opening = ahead[1] if ahead is not None and ahead[0] is lot else self.open_lot(lot, self.engine)
+        if self.queue:
+            self._next = (self.queue[0], self.open_lot(self.queue[0], self.engine))
+        return opening.result()
 
     def poll(self) -> None:
         """Takes what has finished. May find the pool down; what came before its end is kept."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bidbeam.connectors.ledger_writer import PartFile, write_part
-from bidbeam.connectors.schemas import COST, DEAD_LETTER_COLUMNS, LABEL, OUTPUT_COLUMNS, REQUESTS, SEGMENT
+from bidbeam.connectors.ledger_writer import write_part
+from bidbeam.connectors.schemas import COST, DEAD_LETTER_COLUMNS, LABEL, OUTPUT_COLUMNS, REQUESTS
+from bidbeam.transforms.booking import book_rows
 from bidbeam.transforms.compaction import keep_attempts
-from bidbeam.transforms.journal import SegmentRef, read_batches
+from bidbeam.transforms.journal import SegmentRef, read_rows
 from bidbeam.transforms.merging import piece_starts, read_piece, read_range
 from bidbeam.transforms.order import read_order
+from bidbeam.transforms.published import OutputFile, Published
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import constant
 from bidbeam.transforms.spilling import SpillLayout, SpillRef, layout_of
@@ -49,85 +51,6 @@ _CODEC = "snappy"
 _NO_ATTEMPTS = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFile:
-    """One published file. ``path`` is relative to the run's directory."""
-
-    path: str
-    rows: int
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class PoolCount:
-    """What one pool did: requests it served, tokens of all its attempts, their cost in USD."""
-
-    pool: str
-    served: int
-    input_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    cost: Decimal
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What publishing one piece of the run gave: files, ledger parts and counts. Adds up over the run."""
-
-    outputs: tuple[OutputFile, ...] = ()
-    dead_letters: tuple[OutputFile, ...] = ()
-    parts: tuple[PartFile, ...] = ()
-    served: int = 0
-    dead: Mapping[str, int] = field(default_factory=dict)
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    cost: Decimal = Decimal(0)
-    baseline_cost: Decimal | None = None
-    """What the served requests would have cost at the baseline; None where there is none."""
-    pools: tuple[PoolCount, ...] = ()
-
-    def __add__(self, other: Published) -> Published:
-        dead = {r: self.dead.get(r, 0) + other.dead.get(r, 0) for r in sorted({*self.dead, *other.dead})}
-        return Published(
-            self.outputs + other.outputs,
-            self.dead_letters + other.dead_letters,
-            self.parts + other.parts,
-            self.served + other.served,
-            dead,
-            self.input_tokens + other.input_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.output_tokens + other.output_tokens,
-            self.cost + other.cost,
-            _add(self.baseline_cost, other.baseline_cost),
-            _merge_pools((*self.pools, *other.pools)),
-        )
-
-
-def _add(one: Decimal | None, other: Decimal | None) -> Decimal | None:
-    return other if one is None else one if other is None else one + other
-
-
-def _merge_pools(counts: Iterable[PoolCount]) -> tuple[PoolCount, ...]:
-    merged: dict[str, PoolCount] = {}
-    for count in counts:
-        before = merged.get(count.pool)
-        merged[count.pool] = (
-            count
-            if before is None
-            else PoolCount(
-                count.pool,
-                before.served + count.served,
-                before.input_tokens + count.input_tokens,
-                before.cached_tokens + count.cached_tokens,
-                before.output_tokens + count.output_tokens,
-                before.cost + count.cost,
-            )
-        )
-    return tuple(merged[name] for name in sorted(merged))
-
-
 def publish_range(
     context: RunContext,
     spills: Sequence[SpillRef],
@@ -136,7 +59,7 @@ def publish_range(
     history: pa.Table | None,
     unserved: Iterable[pa.Table],
 ) -> Published:
-    """Writes one range's outputs, dead letters and request rows.
+    """Writes one range's outputs, dead letters and ledger rows: requests, and this start's attempts and charges.
 
     ``segments`` are this start's; ``history`` holds attempts of earlier starts as SEGMENT rows whose tags are this
     start's; ``unserved`` are LOT tables of what nobody served in the end.
@@ -145,7 +68,8 @@ def publish_range(
     layout = layout_of(context)
     at = piece_starts(spills, range_)[order.column("piece").to_numpy()] + order.column("index").to_numpy()
     rows = read_range(context, spills, range_).take(pa.array(at))
-    attempts = _attempts(context, segments, range_, history)
+    mine, terms = read_rows(context.journal, segments, range_)
+    attempts = _attempts(mine, history)
     book = _Book.of(order, attempts)
     reasons, messages = _reasons(order, attempts, book, range_, unserved)
 
@@ -179,7 +103,8 @@ def publish_range(
     part = write_part(
         context.ledger, "requests", context.run_date, context.run_id, f"{context.part_prefix}r{range_:05d}", requests
     )
-    return result + Published(outputs, letters, (part,))
+    booked = book_rows(context, f"s{context.start:03d}-r{range_:05d}", mine, terms)
+    return result + Published(outputs, letters, (part,)) + booked
 
 
 def publish_dead_split(context: RunContext, spill: SpillRef) -> Published:
@@ -268,12 +193,9 @@ def _cost_by_place(attempts: pa.Table, place: npt.NDArray[np.int64], number: npt
     return pc.fill_null(costs.take(pa.array(where, mask=where < 0)), zero)
 
 
-def _attempts(context: RunContext, segments: Sequence[SegmentRef], range_: int, history: pa.Table | None) -> pa.Table:
-    batches = list(read_batches(context.journal, segments, range_))
-    table = pa.Table.from_batches([b.replace_schema_metadata(None) for b in batches], schema=SEGMENT)
-    if history is not None and history.num_rows:
-        # Earlier starts came first: their answers win, their attempts are counted first.
-        table = pa.concat_tables([history, table])
+def _attempts(mine: pa.Table, history: pa.Table | None) -> pa.Table:
+    # Earlier starts came first: their answers win, their attempts are counted first.
+    table = mine if history is None or not history.num_rows else pa.concat_tables([history, mine])
     return table.unify_dictionaries().combine_chunks()
 
 
@@ -432,11 +354,3 @@ def _repeats(type_: pa.DataType) -> bool:
         pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_binary(type_)
         or pa.types.is_large_binary(type_) or pa.types.is_floating(type_) or pa.types.is_nested(type_)
     )  # fmt: skip
-
-
-def spent_on(segments: Iterable[SegmentRef]) -> Decimal:
-    """USD that these segments' attempts cost."""
-    return sum((segment.cost for segment in segments), Decimal(0))
-
-
-__all__ = ["OutputFile", "Published", "publish_dead_split", "publish_range", "spent_on"]

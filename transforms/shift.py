@@ -81,7 +81,7 @@ class ShiftTask:
 
     @property
     def prefix(self) -> str:
-        return f"r{self.round}-s{self.shift:03d}"
+        return f"r{self.round:03d}-s{self.shift:03d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,7 @@ class Shift:
         self._number = 0
         self._flushes = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-journal")
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-door")
         self._writing: deque[Future[SegmentRef]] = deque()
         self._failed: dict[str, _Left] = {}
         self._unsent: dict[str, _Left] = {}
@@ -228,14 +229,17 @@ class Shift:
             )
         return self._lanes[key]
 
-    def _open_lot(self, lot: Lot, engine: Engine) -> LotRequests | None:
+    def _open_lot(self, lot: Lot, engine: Engine) -> Future[LotRequests | None]:
+        return self._opener.submit(self._opened_lot, lot, engine.wants)
+
+    def _opened_lot(self, lot: Lot, wants: frozenset[str]) -> LotRequests | None:
         if len(self._settled_tags):
             tags = all_tags(lot)
             left = tags[~np.isin(tags, self._settled_tags)]
             if len(left) == 0:
                 return None
             lot = {**lot, "places": (left & 0xFFFFFFFF).astype("<u4").tobytes()}
-        return self._door.open(lot, engine.wants, ideal=self._context.rehearse)
+        return self._door.open(lot, wants, ideal=self._context.rehearse)
 
     # -- during ---------------------------------------------------------------------------------------------------
 

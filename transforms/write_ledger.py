@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.pvalue import AsList, PCollection
+from apache_beam.pvalue import PCollection
 
-from bidbeam.transforms.booking import book, segment_groups
+from bidbeam.transforms.booking import book, book_rows, segment_groups
 from bidbeam.transforms.compaction import is_kept
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.finishing import RunRecord, finish
 from bidbeam.transforms.history import earlier_segments
-from bidbeam.transforms.journal import SegmentRef, segment_ref
+from bidbeam.transforms.journal import OVERHEAD, SegmentRef, read_rows, segment_ref
 from bidbeam.transforms.merging import RangeRef
 from bidbeam.transforms.plan_lots import Plan
-from bidbeam.transforms.publishing import Published
+from bidbeam.transforms.published import Published
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.side_inputs import listed
 
@@ -32,40 +32,53 @@ class WriteLedger(beam.PTransform[Any, Any]):
         self._context, self._record, self._plan, self._published = context, record, plan, published
 
     def expand(self, segments: PCollection[Any]) -> PCollection[Any]:
-        pipeline = segments.pipeline
-        booked = (
+        pipeline, context = segments.pipeline, self._context
+        all_segments = listed(segments, "All segments")
+        booked: list[PCollection[Any]] = [
             pipeline
             | "Close the books" >> beam.Create([0], reshuffle=False)
-            | "Group segments" >> beam.ParDo(_Group(self._context), listed(segments, "All segments"))
-            | "Spread groups" >> beam.Reshuffle()
-            | "Book attempts and charges" >> beam.ParDo(_Book(self._context))
-        )
+            | "Book overhead" >> beam.ParDo(_BookOverhead(context), all_segments)
+        ]
+        if context.has_history:
+            booked.append(
+                pipeline
+                | "Open earlier books" >> beam.Create([0], reshuffle=False)
+                # The segments hold this back too: the ledger's rows stand only once everything is settled.
+                | "Group earlier segments" >> beam.ParDo(_Group(context), listed(segments, "Segments of this start"))
+                | "Spread groups" >> beam.Reshuffle()
+                | "Book earlier starts" >> beam.ParDo(_Book(context))
+            )
+        everything = (self._published, *booked) | "Booked" >> beam.Flatten()
         manifest: PCollection[Any] = (
             pipeline
             | "End of the run" >> beam.Create([0], reshuffle=False)
             | "Write manifests"
-            >> beam.ParDo(
-                _Finish(self._context, self._record),
-                listed(self._published, "All published"),
-                AsList(booked),
-                self._plan.all_ranges,
-            )
+            >> beam.ParDo(_Finish(context, self._record), listed(everything, "All published"), self._plan.all_ranges)
         )
         return manifest
+
+
+class _BookOverhead(beam.DoFn):
+    """What this start was charged for without a request; the rest is booked with its range."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+
+    def process(self, _: int, segments: Sequence[SegmentRef]) -> Iterator[Published]:
+        with reported(self._context):
+            ordered = sorted(segments, key=lambda segment: segment.name)
+            rows, terms = read_rows(self._context.journal, ordered, OVERHEAD)
+            yield book_rows(self._context, f"s{self._context.start:03d}-overhead", rows, terms)
 
 
 class _Group(beam.DoFn):
     def __init__(self, context: RunContext) -> None:
         self._context = context
 
-    def process(self, _: int, segments: Sequence[SegmentRef]) -> Iterator[tuple[str, tuple[SegmentRef, ...]]]:
+    def process(self, _: int, _segments: Sequence[SegmentRef]) -> Iterator[tuple[str, tuple[SegmentRef, ...]]]:
         with reported(self._context):
-            earlier = [
-                segment_ref(self._context.journal, name)
-                for name in earlier_segments(self._context)
-                if not is_kept(name)
-            ]
-            yield from segment_groups([*earlier, *segments])
+            names = [name for name in earlier_segments(self._context) if not is_kept(name)]
+            yield from segment_groups([segment_ref(self._context.journal, name) for name in names])
 
 
 class _Book(beam.DoFn):
@@ -81,9 +94,7 @@ class _Finish(beam.DoFn):
     def __init__(self, context: RunContext, record: RunRecord) -> None:
         self._context, self._record = context, record
 
-    def process(
-        self, _: int, published: Sequence[Published], booked: Sequence[Published], ranges: Sequence[RangeRef]
-    ) -> Iterator[dict[str, Any]]:
+    def process(self, _: int, published: Sequence[Published], ranges: Sequence[RangeRef]) -> Iterator[dict[str, Any]]:
         with reported(self._context):
             ideal = sum(ref.ideal_cached_tokens for ref in ranges)
-            yield finish(self._context, self._record, published, booked, ideal)
+            yield finish(self._context, self._record, published, ideal)

@@ -1,4 +1,4 @@
-"""WriteOutputs: settled ranges become output files, dead letters and the ledger's request rows."""
+"""WriteOutputs: settled ranges become output files, dead letters and the ledger's rows of them, in one pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from bidbeam.transforms.history import history_of
 from bidbeam.transforms.journal import SegmentRef
 from bidbeam.transforms.merging import RangeRef
 from bidbeam.transforms.plan_lots import Plan
-from bidbeam.transforms.publishing import Published, publish_dead_split, publish_range
+from bidbeam.transforms.published import Published
+from bidbeam.transforms.publishing import publish_dead_split, publish_range
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.side_inputs import listed
 from bidbeam.transforms.spilling import SpillRef

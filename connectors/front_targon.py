@@ -27,7 +27,7 @@ def machine(
 
 
 class TargonFront(FrontServer):
-    """Serves ``machines`` at ``/tha/v2/inventory``, filtered by ``type`` and ``gpu``; or ``failing``, whatever is asked."""
+    """Serves ``machines`` at ``/tha/v2/inventory``, filtered by ``type`` and ``gpu``; or ``failing``, come what may."""
 
     def __init__(self, machines: Sequence[Mapping[str, Any]], failing: Reply | None = None) -> None:
         super().__init__()

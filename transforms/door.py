@@ -17,6 +17,7 @@ from bidbeam.transforms.lots import lot_places
 from bidbeam.transforms.merging import piece_starts, read_range
 from bidbeam.transforms.order import read_order, shared_with_previous
 from bidbeam.transforms.prefix import cacheable_tokens
+from bidbeam.transforms.prefix_group import prefix_ids
 from bidbeam.transforms.rendering import messages_json, prompt_text, token_lists
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.spilling import SpillRef, layout_of
@@ -70,6 +71,8 @@ class Door:
     def __init__(self, context: RunContext, spills: Sequence[SpillRef]) -> None:
         self._context, self._spills = context, spills
         self._layout = layout_of(context)
+        # Where the text of an input column is the key, it is not there twice.
+        self._key_name = self._layout.schema.field(self._layout.index("key")).name.removeprefix("bidbeam:")
         self._ranges: dict[tuple[int, frozenset[str]], tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]] = {}
 
     def open(self, lot: dict[str, object], wants: frozenset[str], *, ideal: bool = False) -> LotRequests:
@@ -100,6 +103,9 @@ class Door:
             columns["messages"] = messages_json(full, context.render)
         if "prompt" in wants and full is not None:
             columns["prompt"] = prompt_text(full, context.render)
+        if "prefix_id" in wants:
+            parts = (str(lot["model"]), None if tenant is None else str(tenant))
+            columns["prefix_id"] = prefix_ids(_array(spilled, self._key_name), context.seed, parts)
         block = context.models[str(lot["model"])].cache_block
         lengths = columns["input_tokens"].to_numpy().astype(np.int64)
         reusable = cacheable_tokens(shared_with_previous(order, places), lengths, block)
@@ -149,6 +155,8 @@ class Door:
         names = ["request_id", "sampling", "input_tokens", "max_tokens", "n", "tokens_exact"]
         if "tokens" in wants:
             names += ["key", "key_width"]
+        elif "prefix_id" in wants:
+            names.append("key")
         return sorted(self._layout.index(name) for name in names)
 
     def _rendered(self, spilled: pa.Table) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import REQUEST_FIELDS
+from bidbeam.connectors.errors import BidbeamError
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.transforms.lots import lot_places
 from bidbeam.transforms.merging import piece_starts, read_range
 from bidbeam.transforms.order import read_order, shared_with_previous
+from bidbeam.transforms.placement import combine
 from bidbeam.transforms.prefix import cacheable_tokens
 from bidbeam.transforms.prefix_group import prefix_ids
 from bidbeam.transforms.rendering import messages_json, prompt_text, token_lists
@@ -24,6 +27,21 @@ from bidbeam.transforms.spilling import SpillRef, layout_of
 
 _KEPT_RANGES = 2
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+_BINDING = ("placement", "tenant")
+"""What a lot says of its requests that decides who may see them."""
+
+
+def _check_lot(lot: dict[str, object], spilled: pa.Table) -> None:
+    """Raises BidbeamError where the lot claims less than its rows ask for: then nothing of it is sent anywhere."""
+    placement, tenant = (pc.unique(_array(spilled, name)).to_pylist() for name in _BINDING)
+    said = lot["placement"]
+    awarded = json.loads(str(said)) if said else None
+    if any(row != said and combine(awarded, row) != said for row in placement):
+        raise BidbeamError(f"lot {lot['lot_id']} was awarded under another placement than its requests have")
+    if tenant != [lot["tenant"]]:
+        raise BidbeamError(f"lot {lot['lot_id']} was awarded under another tenant than its requests have")
 
 
 def _constant(value: str | None, rows: int) -> pa.Array:
@@ -84,6 +102,7 @@ class Door:
         here = order.take(pa.array(places))
         at = starts[here.column("piece").to_numpy()] + here.column("index").to_numpy()
         spilled = rows.take(pa.array(at)).combine_chunks()
+        _check_lot(lot, spilled)
         n = len(places)
         tags = (np.int64(range_) << 32) | places
         ids = attempt_ids(context, tags, int(str(lot["attempt_no"])), int(str(lot["round"])))
@@ -152,7 +171,7 @@ class Door:
     def _columns(self, wants: frozenset[str]) -> list[int] | None:
         if wants & {"messages", "prompt"}:
             return None
-        names = ["request_id", "sampling", "input_tokens", "max_tokens", "n", "tokens_exact"]
+        names = ["request_id", "sampling", "input_tokens", "max_tokens", "n", "tokens_exact", *_BINDING]
         if "tokens" in wants:
             names += ["key", "key_width"]
         elif "prefix_id" in wants:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,7 +221,7 @@ class Shift:
                 engine=slot.engine,
                 terms=terms,
                 meter=slot.meter if terms.price.by_time else None,
-                open_lot=self._open_lot,
+                open_lot=partial(self._open_lot, pool),
                 overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._flushes}|{number}".encode()).digest()[:16],
                 round=self._task.round,
                 loaded=slot.loaded,
@@ -228,7 +229,11 @@ class Shift:
             )
         return self._lanes[key]
 
-    def _open_lot(self, lot: Lot, engine: Engine) -> LotRequests | None:
+    def _open_lot(self, pool: str, lot: Lot, engine: Engine) -> LotRequests | None:
+        # Asked again here because every way to an engine ends here: awards, hand-overs and whatever comes to be added.
+        if not self._may(pool, lot):
+            self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
+            return None
         if len(self._settled_tags):
             tags = all_tags(lot)
             left = tags[~np.isin(tags, self._settled_tags)]

@@ -25,6 +25,7 @@ REQUEST_FIELDS: dict[str, pa.DataType] = {
     "tokens": pa.list_(pa.int32()),  # prompt token ids, chat template applied
     "messages": pa.large_string(),  # chat: JSON list of {role, content}; null where the request is raw
     "prompt": pa.large_string(),  # raw: the text as it is; null where the request is a chat
+    "prefix_id": pa.dictionary(pa.int32(), pa.string()),  # names the prefix that neighbours share; null: none
 }
 
 RESULT_SCHEMA = pa.schema(
@@ -56,7 +57,7 @@ class Engine(Protocol):
     """One model on one pool, as a shift drives it. All methods are called from the shift's thread; none blocks long."""
 
     wants: frozenset[str]
-    """Which optional request columns ``submit`` needs: of ``tokens``, ``messages``, ``prompt``."""
+    """Which optional request columns ``submit`` needs: of ``tokens``, ``messages``, ``prompt``, ``prefix_id``."""
 
     @property
     def room(self) -> int:

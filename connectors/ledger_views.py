@@ -116,7 +116,7 @@ def escape_pattern(path: str) -> str:
 def _once(table: str) -> str:
     if table != "prices":
         return ""
-    return "\nQUALIFY row_number() OVER (PARTITION BY price_id, meter ORDER BY valid_from) = 1"
+    return "\nQUALIFY row_number() OVER (PARTITION BY price_id, meter ORDER BY valid_from, fetched_at) = 1"
 
 
 def _typed_columns(table: str) -> str:

@@ -39,6 +39,10 @@ class PriceSchedule:
     currency: str = "USD"
     valid_from: datetime | None = None
     source: str = "pools file"
+    valid_to: datetime | None = None
+    """When it ends; None: not known to."""
+    fetched_at: datetime | None = None
+    """When it was read from a feed; None where it was written down."""
 
     @property
     def by_time(self) -> bool:

@@ -22,6 +22,9 @@ ErrorClass = Literal["caller", "auth_funds", "rate", "capacity", "server", "time
 ``timeout``: the pool failed. ``bad_output``: it answered, with something unusable. ``policy``: it refuses this content.
 """
 
+PriceUnit = Literal["usd/token", "usd/mtok"]
+"""US dollars for one token, or for a million. Feeds do not say which: half of them mean the one, half the other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Auth:
@@ -95,6 +98,8 @@ class Profile:
     """What the pool's ``options`` may name, and what each is; ``{name}`` in ``base_url`` takes its value."""
     needs: tuple[str, ...] = ()
     """Those of ``options`` that must be there."""
+    price_unit: PriceUnit | None = None
+    """What the prices of its model feed (see ``price_feeds``) are counted in; None: it has no such feed."""
 
 
 _PROFILES: tuple[Profile, ...] = (

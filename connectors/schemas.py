@@ -47,7 +47,7 @@ REQUESTS = _schema(
 
 PRICES = _schema(
     ("price_id", pa.string()), ("pool", pa.string()), ("meter", pa.string()), ("unit_price", UNIT_PRICE),
-    ("currency", pa.string()), ("valid_from", UTC), ("source", pa.string()),
+    ("currency", pa.string()), ("valid_from", UTC), ("source", pa.string()), ("valid_to", UTC), ("fetched_at", UTC),
 )  # fmt: skip
 
 LOTS = _schema(

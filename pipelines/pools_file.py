@@ -31,9 +31,9 @@ from bidbeam.pipelines.config_check import (
 from bidbeam.pipelines.prices import price_of
 from bidbeam.pipelines.terms import FxRate
 from bidbeam.pipelines.yaml_text import Node
+from bidbeam.transforms.placement import OPERATORS as OPERATORS
 
 KINDS: tuple[PoolKind, ...] = ("vllm", "openai", "batch", "lease")
-OPERATORS = ("own", "cloud", "datacenter", "community")
 SECTIONS = ("models", "fx", "pools")
 
 _COMMON = ("name", "kind", "models", "price", "capacity", "placement")
@@ -308,19 +308,21 @@ def _capacity(node: Node) -> Capacity:
 
 def placement_labels(node: Node) -> dict[str, Any]:
     """What a pool declares: a value per label, None for one that is written down as undeclared."""
-    from bidbeam.transforms.placement import COUNTRIES, LABELS, ZONES
+    from bidbeam.transforms.placement import ANYWHERE, COUNTRIES, LABELS, TEES, ZONES
 
     fields = Fields(node, LABELS)
     labels: dict[str, Any] = {}
     for name, entry in fields.node.entries.items():
         if entry.is_null:
             labels[name] = None
-        elif name in {"jurisdiction", "data_zone"}:
-            labels[name] = _place(entry, frozenset((*COUNTRIES, *ZONES)))
+        elif name in {"jurisdiction", "operator_jurisdiction", "data_zone"}:
+            labels[name] = _place(entry, frozenset((*COUNTRIES, *ZONES, ANYWHERE)))
         elif name == "operator":
             labels[name] = choice_of(entry, OPERATORS)
         elif name == "max_retention_days":
             labels[name] = whole_of(entry, 0, 100_000)
+        elif name == "tee" and entry.type != "bool":
+            labels[name] = choice_of(entry, TEES)
         else:
             labels[name] = flag_of(entry)
     return labels
@@ -330,5 +332,5 @@ def _place(node: Node, places: frozenset[str]) -> str:
     text = text_of(node).upper()
     if text not in places:
         near = "GB" if text == "UK" else nearest(text, places)
-        raise fault(node, f"is {shown(node)}", "an ISO 3166-1 alpha-2 code, EEA or EU", near)
+        raise fault(node, f"is {shown(node)}", "an ISO 3166-1 alpha-2 code, EEA, EU or global", near)
     return text

@@ -10,26 +10,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bidbeam.connectors.errors import ConfigError
-from bidbeam.transforms.placement import CONSTRAINTS, COUNTRIES, LABELS, ZONES, combine, eligible, normalise
+from bidbeam.transforms.placement import (
+    CONSTRAINTS,
+    COUNTRIES,
+    LABELS,
+    OPERATORS,
+    TEES,
+    ZONES,
+    combine,
+    eligible,
+    normalise,
+)
 
 _PLACES = ["DE", "FR", "NO", "US", "GB", "EU", "EEA"]
+_places = st.lists(st.sampled_from(_PLACES), max_size=4)
 _CONSTRAINT_VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "jurisdictions": st.lists(st.sampled_from(_PLACES), max_size=4),
-    "operators": st.lists(st.sampled_from(["own", "cloud", "community"]), max_size=3),
+    "jurisdictions": _places,
+    "jurisdictions_deny": _places,
+    "operators": st.lists(st.sampled_from(OPERATORS), max_size=3),
+    "operator_jurisdictions": _places,
+    "operator_jurisdictions_deny": _places,
     "zdr": st.booleans(),
-    "data_zones": st.lists(st.sampled_from(_PLACES), max_size=4),
+    "data_zones": _places,
     "training": st.booleans(),
     "max_retention_days": st.integers(0, 60),
-    "tee": st.booleans(),
+    "tee": st.booleans() | st.sampled_from(TEES) | st.lists(st.sampled_from(TEES), max_size=3),
 }
 _LABEL_VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "jurisdiction": st.sampled_from(_PLACES),
-    "operator": st.sampled_from(["own", "cloud", "community"]),
+    "jurisdiction": st.sampled_from([*_PLACES, "global"]),
+    "operator": st.sampled_from(OPERATORS),
+    "operator_jurisdiction": st.sampled_from([*_PLACES, "global"]),
     "zdr": st.booleans(),
-    "data_zone": st.sampled_from(_PLACES),
+    "data_zone": st.sampled_from([*_PLACES, "global"]),
     "training": st.booleans(),
     "max_retention_days": st.integers(0, 60),
-    "tee": st.booleans(),
+    "tee": st.booleans() | st.sampled_from(TEES),
 }
 
 
@@ -65,6 +80,33 @@ labels = _optional(_LABEL_VALUES)
         ({"tee": True}, {"tee": True}, None),
         ({"data_zones": ["EU"]}, {"data_zone": "DE"}, None),
         ({"jurisdictions": []}, {"jurisdiction": "DE"}, "placement:jurisdiction"),
+        ({"jurisdictions": ["DE"]}, {"jurisdiction": "global"}, "placement:jurisdiction"),
+        ({"jurisdictions_deny": ["US"]}, {"jurisdiction": "DE"}, None),
+        ({"jurisdictions_deny": ["US"]}, {}, "placement:jurisdiction (undeclared)"),
+        ({"jurisdictions_deny": ["DE"]}, {"jurisdiction": "EU"}, "placement:jurisdiction"),
+        ({"jurisdictions_deny": ["US"]}, {"jurisdiction": "global"}, "placement:jurisdiction"),
+        ({"jurisdictions_deny": ["US"]}, {"jurisdiction": "somewhere"}, "placement:jurisdiction"),
+        ({"jurisdictions": ["EU"], "jurisdictions_deny": ["HU"]}, {"jurisdiction": "HU"}, "placement:jurisdiction"),
+        ({"jurisdictions_deny": []}, {}, None),
+        # A machine in Germany whose operator has its seat elsewhere is two facts.
+        (
+            {"jurisdictions": ["EEA"], "operator_jurisdictions": ["EEA"]},
+            {"jurisdiction": "DE", "operator_jurisdiction": "US"},
+            "placement:operator_jurisdiction",
+        ),
+        ({"operator_jurisdictions": ["EEA"]}, {"jurisdiction": "DE"}, "placement:operator_jurisdiction (undeclared)"),
+        ({"operator_jurisdictions_deny": ["US"]}, {"operator_jurisdiction": "NO"}, None),
+        ({"data_zones": ["EU"]}, {"data_zone": "global"}, "placement:data_zone"),
+        ({"tee": True}, {"tee": "gpu"}, None),
+        ({"tee": True}, {"tee": "none"}, "placement:tee"),
+        ({"tee": "cpu"}, {"tee": "cpu+gpu"}, None),
+        ({"tee": "cpu+gpu"}, {"tee": "cpu"}, "placement:tee"),
+        ({"tee": ["cpu", "gpu"]}, {"tee": "gpu"}, None),
+        # It protects something, but nobody says that it is the GPU.
+        ({"tee": "gpu"}, {"tee": True}, "placement:tee"),
+        ({"tee": "gpu"}, {}, "placement:tee (undeclared)"),
+        ({"tee": "none"}, {}, None),
+        ({"tee": []}, {"tee": "cpu+gpu"}, "placement:tee"),
     ],
 )
 def test_each_constraint(constraint: dict[str, Any], declared: dict[str, Any], reason: str | None) -> None:
@@ -120,6 +162,9 @@ def test_zones_are_written_by_their_names() -> None:
         ({"jurisdiction": ["DE"]}, "'jurisdictions'"),
         ({"jurisdictions": ["UK"]}, "'GB'"),
         ({"jurisdictions": 3}, "list"),
+        ({"jurisdictions": ["global"]}, "ISO 3166-1"),
+        ({"operators": ["clowd"]}, "'cloud'"),
+        ({"tee": "cpu&gpu"}, "cpu\\+gpu"),
         ({"zdr": "yes"}, "true or false"),
         ({"max_retention_days": -1}, "whole number"),
         ({"max_retention_days": 1.5}, "whole number"),
@@ -137,4 +182,20 @@ def test_the_countries_are_those_of_iso() -> None:
     assert {country.alpha_2 for country in pycountry.countries} == COUNTRIES
     assert all(members <= COUNTRIES for members in ZONES.values())
     assert (len(ZONES["EU"]), len(ZONES["EEA"])) == (27, 30)
-    assert len(LABELS) == len(CONSTRAINTS)
+
+
+def test_every_label_can_be_asked_for() -> None:
+    """No label is declared in vain: each is what some constraint looks at, and no constraint looks at anything else."""
+    asked = {
+        key: next(value for value in (["DE"], "cpu", True, False, 3, ["own"]) if _restricts(key, value))
+        for key in CONSTRAINTS
+    }
+    reasons = {eligible({key: value}, {})[1] for key, value in asked.items()}
+    assert reasons == {f"placement:{label} (undeclared)" for label in LABELS}
+
+
+def _restricts(key: str, value: Any) -> bool:
+    try:
+        return bool(normalise({key: value}))
+    except ConfigError:
+        return False

@@ -114,6 +114,8 @@ def price_rows(terms: Mapping[str, Terms]) -> pa.Table:
             "currency": t.price.currency,
             "valid_from": t.price.valid_from,
             "source": t.price.source,
+            "valid_to": t.price.valid_to,
+            "fetched_at": t.price.fetched_at,
         }
         for price_id, t in sorted(terms.items())
         for meter, unit_price in sorted(t.price.unit_prices.items())

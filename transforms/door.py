@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,17 +13,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import REQUEST_FIELDS
+from bidbeam.connectors.errors import BidbeamError
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.transforms.lots import lot_places
 from bidbeam.transforms.merging import piece_starts, read_range
 from bidbeam.transforms.order import read_order, shared_with_previous
+from bidbeam.transforms.placement import combine
 from bidbeam.transforms.prefix import cacheable_tokens
+from bidbeam.transforms.prefix_group import prefix_ids
 from bidbeam.transforms.rendering import messages_json, prompt_text, token_lists
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.spilling import SpillRef, layout_of
 
 _KEPT_RANGES = 2
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+_BINDING = ("placement", "tenant")
+"""What a lot says of its requests that decides who may see them."""
+
+
+def _check_lot(lot: dict[str, object], spilled: pa.Table) -> None:
+    """Raises BidbeamError where the lot claims less than its rows ask for: then nothing of it is sent anywhere."""
+    placement, tenant = (pc.unique(_array(spilled, name)).to_pylist() for name in _BINDING)
+    said = lot["placement"]
+    awarded = json.loads(str(said)) if said else None
+    if any(row != said and combine(awarded, row) != said for row in placement):
+        raise BidbeamError(f"lot {lot['lot_id']} was awarded under another placement than its requests have")
+    if tenant != [lot["tenant"]]:
+        raise BidbeamError(f"lot {lot['lot_id']} was awarded under another tenant than its requests have")
 
 
 def _constant(value: str | None, rows: int) -> pa.Array:
@@ -70,6 +89,8 @@ class Door:
     def __init__(self, context: RunContext, spills: Sequence[SpillRef]) -> None:
         self._context, self._spills = context, spills
         self._layout = layout_of(context)
+        # Where the text of an input column is the key, it is not there twice.
+        self._key_name = self._layout.schema.field(self._layout.index("key")).name.removeprefix("bidbeam:")
         self._ranges: dict[tuple[int, frozenset[str]], tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]] = {}
 
     def open(self, lot: dict[str, object], wants: frozenset[str], *, ideal: bool = False) -> LotRequests:
@@ -81,6 +102,7 @@ class Door:
         here = order.take(pa.array(places))
         at = starts[here.column("piece").to_numpy()] + here.column("index").to_numpy()
         spilled = rows.take(pa.array(at)).combine_chunks()
+        _check_lot(lot, spilled)
         n = len(places)
         tags = (np.int64(range_) << 32) | places
         ids = attempt_ids(context, tags, int(str(lot["attempt_no"])), int(str(lot["round"])))
@@ -100,6 +122,9 @@ class Door:
             columns["messages"] = messages_json(full, context.render)
         if "prompt" in wants and full is not None:
             columns["prompt"] = prompt_text(full, context.render)
+        if "prefix_id" in wants:
+            parts = (str(lot["model"]), None if tenant is None else str(tenant))
+            columns["prefix_id"] = prefix_ids(_array(spilled, self._key_name), context.seed, parts)
         block = context.models[str(lot["model"])].cache_block
         lengths = columns["input_tokens"].to_numpy().astype(np.int64)
         reusable = cacheable_tokens(shared_with_previous(order, places), lengths, block)
@@ -146,9 +171,11 @@ class Door:
     def _columns(self, wants: frozenset[str]) -> list[int] | None:
         if wants & {"messages", "prompt"}:
             return None
-        names = ["request_id", "sampling", "input_tokens", "max_tokens", "n", "tokens_exact"]
+        names = ["request_id", "sampling", "input_tokens", "max_tokens", "n", "tokens_exact", *_BINDING]
         if "tokens" in wants:
             names += ["key", "key_width"]
+        elif "prefix_id" in wants:
+            names.append("key")
         return sorted(self._layout.index(name) for name in names)
 
     def _rendered(self, spilled: pa.Table) -> pa.Table:

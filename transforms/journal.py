@@ -63,6 +63,8 @@ def terms_to_json(terms: Terms) -> dict[str, object]:
         "currency": price.currency,
         "valid_from": price.valid_from.isoformat() if price.valid_from else None,
         "source": price.source,
+        "valid_to": price.valid_to.isoformat() if price.valid_to else None,
+        "fetched_at": price.fetched_at.isoformat() if price.fetched_at else None,
         "fx_rate": str(terms.fx_rate),
         "fx_source": terms.fx_source,
         "fx_at": terms.fx_at.isoformat() if terms.fx_at else None,
@@ -89,6 +91,8 @@ def terms_from_json(data: Mapping[str, object]) -> Terms:
         currency=str(data["currency"]),
         valid_from=moment(data["valid_from"]),
         source=str(data["source"]),
+        valid_to=moment(data.get("valid_to")),
+        fetched_at=moment(data.get("fetched_at")),
     )
     return Terms(
         pool=str(data["pool"]),

@@ -42,6 +42,8 @@ class Lane:
     terms: Terms
     meter: Callable[[], AcceleratorMeter] | None
     """Set where the pool is paid by time."""
+    admit: Callable[[Lot], bool]
+    """Whether the pool may see a lot; one that it may not is left over elsewhere."""
     open_lot: Callable[[Lot, Engine], Future[LotRequests | None]]
     """A lot's requests that are still to be sent; None where an earlier try has settled them all."""
     overhead_id: Callable[[int], bytes]
@@ -115,6 +117,8 @@ class Lane:
                 room = self.engine.room
                 if self._opened is None:
                     lot = self.queue.popleft()
+                    if not self.admit(lot):
+                        continue
                     self._opened, self._at = self._open(lot), 0
                     if self._opened is None:
                         continue

@@ -70,5 +70,5 @@ def shared_with_previous(order: pa.Table, places: Int64s) -> Int64s:
 
 def split_group(name: str) -> tuple[str, str | None, str | None]:
     """Model, placement and tenant of a group's name (see ``group_codes``)."""
-    model, placement, tenant = (part[1:] if part.startswith("\x01") else None for part in name.split("\x1f"))
+    model, placement, tenant = (part[1:] if part.startswith("\x01") else None for part in name.split("\x1f", 2))
     return model or "", placement, tenant

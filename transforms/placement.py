@@ -3,16 +3,23 @@
 Three-valued, and closed in doubt: a label that a pool does not declare (absent or null) never passes a constraint
 that restricts it. A constraint that is absent or null restricts nothing.
 
-    constraint            label               passes where the pool declares
-    jurisdictions [..]    jurisdiction        a country, or a zone whose every member is listed
-    operators [..]        operator            one of them (own, cloud, datacenter, community, ...)
-    zdr true              zdr                 true
-    data_zones [..]       data_zone           a zone or country that lies within them
-    training false        training            false
-    max_retention_days n  max_retention_days  n or fewer
-    tee true              tee                 true
+    constraint                        label                  passes where the pool declares
+    jurisdictions [..]                jurisdiction           a country, or a zone whose every member is listed
+    jurisdictions_deny [..]           jurisdiction           one that has no country in common with them
+    operators [..]                    operator               one of them: own, cloud, datacenter, community
+    operator_jurisdictions [..]       operator_jurisdiction  as for jurisdictions
+    operator_jurisdictions_deny [..]  operator_jurisdiction  as for jurisdictions_deny
+    data_zones [..]                   data_zone              a zone or country that lies within them
+    zdr true                          zdr                    true
+    training false                    training               false
+    max_retention_days n              max_retention_days     n or fewer
+    tee cpu, gpu, cpu+gpu or a list   tee                    one that protects at least what one of them does
+    tee true                          tee                    any but none
 
-``zdr: false``, ``training: true`` and ``tee: false`` ask for nothing.
+``jurisdiction`` is where prompts are processed, ``operator_jurisdiction`` where whoever runs the pool has its legal
+seat, ``data_zone`` what data never leaves. A place is an ISO 3166-1 country, EU or EEA; a pool may also declare
+``global``, which is anywhere. ``zdr: false``, ``training: true``, ``tee: false``, ``tee: none`` and an empty list of
+what is denied ask for nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +48,18 @@ _EU = frozenset(_EU_MEMBERS.split())
 ZONES: Mapping[str, frozenset[str]] = {"EEA": _EU | {"IS", "LI", "NO"}, "EU": _EU}
 """Zones that stand for their member countries; the larger first, which makes the canonical form unique."""
 
-LABELS = ("jurisdiction", "operator", "zdr", "data_zone", "training", "max_retention_days", "tee")
+ANYWHERE = "GLOBAL"
+"""The place that a pool declares which may work in any country."""
+
+OPERATORS = ("own", "cloud", "datacenter", "community")
+"""Who runs a pool: we, a cloud, a company with its own machines, or anybody."""
+
+TEES = ("none", "cpu", "gpu", "cpu+gpu")
+"""What a pool's trusted execution environment protects. A label may also be true: some of it, nobody says which."""
+
+LABELS = (
+    "jurisdiction", "operator", "operator_jurisdiction", "zdr", "data_zone", "training", "max_retention_days", "tee",
+)  # fmt: skip
 """What a pool may declare."""
 
 PLACEMENT_PREFIX = "placement:"
@@ -81,6 +99,54 @@ def _names(value: Any, key: str) -> list[str]:
     return sorted(set(listed))
 
 
+def _operators(value: Any, key: str) -> list[str]:
+    return _known_names(value, key, OPERATORS)
+
+
+def _known_names(value: Any, key: str, known: tuple[str, ...]) -> list[str]:
+    names = _names(value, key)
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"{name[:16]!r} is none that there is",
+                key=f"placement.{key}",
+                expected=", ".join(known),
+                nearest=near[0] if near else None,
+            )
+    return names
+
+
+_PROTECTS: Mapping[str, frozenset[str]] = {
+    "cpu": frozenset({"cpu", "cpu+gpu"}),
+    "gpu": frozenset({"gpu", "cpu+gpu"}),
+    "cpu+gpu": frozenset({"cpu+gpu"}),
+}
+"""What is asked for -> the labels that give it."""
+
+
+def _tee(value: Any, key: str) -> bool | list[str]:
+    """True: any; False: nothing is asked for; else the labels that pass."""
+    if isinstance(value, bool):
+        return value
+    names = _known_names(value, key, TEES)
+    if "none" in names:
+        return False
+    return sorted(frozenset().union(*(_PROTECTS[name] for name in names)))
+
+
+def _meet_tee(one: bool | list[str], other: bool | list[str]) -> bool | list[str]:
+    if isinstance(one, bool) or isinstance(other, bool):
+        return other if isinstance(one, bool) else one
+    return _meet_names(one, other)
+
+
+def _protected(asked: bool | list[str], declared: Any) -> bool:
+    if isinstance(asked, bool):
+        return declared is True or declared in TEES[1:]
+    return declared in asked
+
+
 def _flag(value: Any, key: str) -> bool:
     if not isinstance(value, bool):
         raise ConfigError("is not a yes or no", key=f"placement.{key}", expected="true or false")
@@ -93,14 +159,31 @@ def _days(value: Any, key: str) -> int:
     return value
 
 
-def _within(allowed: list[str], declared: Any) -> bool:
+def _countries(declared: Any) -> frozenset[str] | None:
+    """The countries that a label may mean, or None where it is no place."""
     if not isinstance(declared, str):
-        return False
-    return _expand([declared.upper()]) <= _expand(allowed)
+        return None
+    place = declared.upper()
+    found = COUNTRIES if place == ANYWHERE else _expand([place])
+    return found if found <= COUNTRIES else None
+
+
+def _within(allowed: list[str], declared: Any) -> bool:
+    countries = _countries(declared)
+    return countries is not None and countries <= _expand(allowed)
+
+
+def _outside(denied: list[str], declared: Any) -> bool:
+    countries = _countries(declared)
+    return countries is not None and countries.isdisjoint(_expand(denied))
 
 
 def _meet_places(one: list[str], other: list[str]) -> list[str]:
     return _compress(_expand(one) & _expand(other))
+
+
+def _join_places(one: list[str], other: list[str]) -> list[str]:
+    return _compress(_expand(one) | _expand(other))
 
 
 def _meet_names(one: list[str], other: list[str]) -> list[str]:
@@ -133,12 +216,15 @@ def _at_most(asked: Any, declared: Any) -> bool:
 
 _RULES: dict[str, _Rule] = {
     "jurisdictions": _Rule("jurisdiction", _places, _meet_places, _within),
-    "operators": _Rule("operator", _names, _meet_names, lambda asked, declared: declared in asked),
+    "jurisdictions_deny": _Rule("jurisdiction", _places, _join_places, _outside, idle=[]),
+    "operators": _Rule("operator", _operators, _meet_names, lambda asked, declared: declared in asked),
+    "operator_jurisdictions": _Rule("operator_jurisdiction", _places, _meet_places, _within),
+    "operator_jurisdictions_deny": _Rule("operator_jurisdiction", _places, _join_places, _outside, idle=[]),
     "zdr": _Rule("zdr", _flag, lambda _one, _other: True, _only(True), idle=False),
     "data_zones": _Rule("data_zone", _places, _meet_places, _within),
     "training": _Rule("training", _flag, lambda _one, _other: False, _only(False), idle=True),
     "max_retention_days": _Rule("max_retention_days", _days, min, _at_most),
-    "tee": _Rule("tee", _flag, lambda _one, _other: True, _only(True), idle=False),
+    "tee": _Rule("tee", _tee, _meet_tee, _protected, idle=False),
 }
 
 CONSTRAINTS = tuple(_RULES)
@@ -164,7 +250,7 @@ def normalise(constraint: Mapping[str, Any] | None) -> dict[str, Any]:
         if value is None:
             continue
         read = rule.read(value, key)
-        if rule.idle is None or read is not rule.idle:
+        if rule.idle is None or read != rule.idle:
             canonical[key] = read
     return canonical
 

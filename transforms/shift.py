@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -221,6 +222,7 @@ class Shift:
                 engine=slot.engine,
                 terms=terms,
                 meter=slot.meter if terms.price.by_time else None,
+                admit=partial(self._admit, pool),
                 open_lot=self._open_lot,
                 overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._flushes}|{number}".encode()).digest()[:16],
                 round=self._task.round,
@@ -228,6 +230,13 @@ class Shift:
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]
+
+    def _admit(self, pool: str, lot: Lot) -> bool:
+        # Asked again here because every way to an engine ends here: awards, hand-overs and whatever comes to be added.
+        if self._may(pool, lot):
+            return True
+        self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
+        return False
 
     def _open_lot(self, lot: Lot, engine: Engine) -> Future[LotRequests | None]:
         return self._opener.submit(self._opened_lot, lot, engine.wants)

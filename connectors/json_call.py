@@ -1,0 +1,109 @@
+"""One JSON request over HTTP, waited for: for what is asked once in a while, such as leases and price lists.
+
+It needs no event loop and no other thread, so that it still works while the interpreter is on its way out.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from json import dumps
+from typing import Any
+from urllib.parse import urlsplit
+
+from bidbeam import __version__
+from bidbeam.connectors.errors import BidbeamError
+from bidbeam.connectors.http_transport import is_loopback
+from bidbeam.connectors.http_wire import provider_message, read_json
+
+MOST_BYTES = 8 * 2**20
+
+
+class NoAnswer(BidbeamError):  # noqa: N818 - named for what happened
+    """The request got no answer: whether it had an effect is unknown. The message holds no URL and no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. ``document`` is the JSON in it, fractions as Decimal; an object of no JSON type where none is."""
+
+    status: int
+    document: Any
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Names in lower case."""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def said(self) -> str:
+        """The reason that an error gives, fit to be shown: one line, cut short, the key masked; may be empty."""
+        document = self.document
+        if isinstance(document, dict):
+            document = document.get("error") or document.get("detail") or document
+        return provider_message(document, "", self.secrets)
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: a key goes to the address that was configured and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def call_json(
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    body: object = None,
+    secrets: tuple[str, ...] = (),
+    timeout_s: float = 30.0,
+) -> Answer:
+    """One request to a checked ``http(s)`` address; an error status is an answer too. Raises NoAnswer."""
+    data = None if body is None else dumps(body).encode()
+    told = {"User-Agent": f"bidbeam/{__version__}", "Accept": "application/json", **(headers or {})}
+    if data is not None:
+        told["Content-Type"] = "application/json"
+    request = urllib.request.Request(url, data, told, method=method)  # noqa: S310 - callers have checked the scheme
+    handlers: list[Any] = [_Stay]
+    if is_loopback(urlsplit(url).hostname or ""):
+        # A proxy of the environment never stands between us and this machine.
+        handlers.append(urllib.request.ProxyHandler({}))
+    try:
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
+            return _answer(response.status, response.headers, response.read(MOST_BYTES + 1), secrets)
+    except urllib.error.HTTPError as error:
+        with error:
+            return _answer(error.code, error.headers, _rest(error), secrets)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NoAnswer(_why(error, timeout_s)) from None
+
+
+def _answer(status: int, headers: Any, body: bytes, secrets: tuple[str, ...]) -> Answer:
+    document = read_json(body if len(body) <= MOST_BYTES else b"")
+    return Answer(status, document, {name.lower(): value for name, value in headers.items()}, secrets)
+
+
+def _rest(error: urllib.error.HTTPError) -> bytes:
+    try:
+        return error.read(MOST_BYTES + 1)
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
+def _why(error: Exception, timeout_s: float) -> str:
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, TimeoutError):
+        return f"no answer within {timeout_s:g} s"
+    if isinstance(reason, ssl.SSLError):
+        return "TLS failed"
+    if isinstance(reason, OSError) and reason.strerror:
+        return f"cannot connect: {reason.strerror}"
+    return "the connection was lost before the answer came"

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 import aiohttp
 import pyarrow as pa
 
+from bidbeam.connectors.concurrency import FIRST_PAUSE_S, Aimd
+from bidbeam.connectors.credentials import Credentials, credentials_for
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.http_transport import (
@@ -43,7 +45,6 @@ from bidbeam.connectors.http_wire import (
     request_body,
 )
 from bidbeam.connectors.pools import PoolSpec
-from bidbeam.connectors.secrets import read_key
 
 DEFAULT_CONCURRENCY = 16
 MAX_ANSWER_BYTES = 32 * 2**20
@@ -51,8 +52,6 @@ DOWN_AFTER = 5
 """Connections that fail in a row before the pool counts as down."""
 DRAIN_S = 30.0
 """How long what is in flight may still take to end once a pool is down: it may have been paid for."""
-LONGEST_PAUSE_S = 60.0
-"""The most that an endpoint's ``Retry-After`` holds back the requests that follow."""
 _CLOSE_S = 5.0
 _UNSENT = Outcome("cancelled", error_message="not sent")
 
@@ -70,6 +69,8 @@ class _Job:
     prompt_text: str
     n: int
     body: bytes
+    begun: int = 0
+    """What the window of requests said when it was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,16 @@ class HttpEngine:
     """Implements ``Engine`` for one model at one OpenAI-compatible endpoint.
 
     A row with ``messages`` goes to ``/chat/completions``, one with ``prompt`` to ``/completions``, at most
-    ``capacity.concurrency`` (16) at a time, begun in order. ``started_at`` is when ``submit`` took the row.
+    ``capacity.concurrency`` (16) at a time, begun in order; fewer, after a pause, where the endpoint pushes back (see
+    ``concurrency``). ``started_at`` is when ``submit`` took the row. Tokens are replaced before they end, while
+    requests wait.
 
     The pool is down, and ``poll`` raises PoolDown once everything has come back, when the endpoint refuses us as such
     (key, funds, model name, address), when ``down_after`` connections in a row fail, or when two windows of requests
     in a row get no answer. What was not sent by then comes back as ``cancelled`` at once; what is in flight gets
     ``drain_s`` seconds to end. The usage of what is cancelled is not known.
 
-    Raises ConfigError on construction: unknown model or profile, wrong address, unset key.
+    Raises ConfigError on construction: unknown model or profile, wrong address or option, unset key.
     """
 
     wants: frozenset[str] = frozenset({"messages", "prompt"})
@@ -105,6 +108,8 @@ class HttpEngine:
         max_answer_bytes: int = MAX_ANSWER_BYTES,
         down_after: int = DOWN_AFTER,
         drain_s: float = DRAIN_S,
+        first_pause_s: float = FIRST_PAUSE_S,
+        credentials: Credentials | None = None,
     ) -> None:
         if model not in spec.models:
             near = difflib.get_close_matches(model, spec.models, n=1)
@@ -118,14 +123,13 @@ class HttpEngine:
         self._model = spec.models[model]
         self._endpoint = endpoint(spec)
         self._timeout_s = spec.timeout_s
-        self._concurrency = spec.capacity.concurrency or DEFAULT_CONCURRENCY
         self._now = now
         self._max_answer_bytes = max_answer_bytes
         self._down_after = down_after
         self._drain_s = drain_s
         self._urls = {True: self._endpoint.url("chat/completions"), False: self._endpoint.url("completions")}
-        key = read_key(spec)
-        self._secrets: tuple[str, ...] = (key,) if key else ()
+        self._forbidden = frozenset(self._endpoint.profile.body)
+        self._credentials = credentials or credentials_for(spec, self._endpoint.profile.auth, now=now)
 
         # Touched by the shift's thread alone.
         self._in_flight = 0
@@ -140,10 +144,11 @@ class HttpEngine:
         self._active: dict[asyncio.Task[Outcome], _Job] = {}
         self._unconnected = 0
         self._unanswered = 0
-        self._paused_until = 0.0
         self._resuming: asyncio.TimerHandle | None = None
         self._loop = LOOP.get()
-        self._session: aiohttp.ClientSession = LOOP.run(self._open(spec, key), CONNECT_S)
+        self._ceiling = spec.capacity.concurrency or DEFAULT_CONCURRENCY
+        self._window = Aimd(self._ceiling, self._loop.time, first_pause_s=first_pause_s)
+        self._session: aiohttp.ClientSession = LOOP.run(self._open(spec), CONNECT_S)
 
     def __repr__(self) -> str:
         return f"HttpEngine({self._name!r}, {self._endpoint.host!r})"
@@ -151,15 +156,15 @@ class HttpEngine:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an engine lives in one process: pickle its PoolSpec instead")
 
-    async def _open(self, spec: PoolSpec, key: str | None) -> aiohttp.ClientSession:
-        return open_session(self._endpoint, spec, key, self._concurrency)
+    async def _open(self, spec: PoolSpec) -> aiohttp.ClientSession:
+        return open_session(self._endpoint, spec, None, self._ceiling)
 
     # The shift's side.
 
     @property
     def room(self) -> int:
-        # Twice the concurrency: the queue bridges the time until the shift comes round again.
-        return 0 if self._closed or self._down else max(0, 2 * self._concurrency - self._in_flight)
+        # Twice the window: the queue bridges the time until the shift comes round again.
+        return 0 if self._closed or self._down else max(0, 2 * self._window.limit - self._in_flight)
 
     @property
     def in_flight(self) -> int:
@@ -219,9 +224,14 @@ class HttpEngine:
         if messages is None and prompt is None:
             return failure("caller", "the request holds neither messages nor a prompt")
         try:
-            sampling: Sampling = read_sampling(row["sampling"], self._endpoint.profile.max_tokens_field)
+            sampling: Sampling = read_sampling(
+                row["sampling"], self._endpoint.profile.max_tokens_field, self._forbidden
+            )
         except SamplingError as error:
             return failure("caller", str(error))
+        if messages is None and not self._endpoint.profile.takes_raw:
+            # Of all that is left to send here, nothing will fare better.
+            return failure("auth_funds", f"profile {self._endpoint.profile.name} takes chats only, no raw prompts")
         body = request_body(
             self._endpoint.profile,
             self._model,
@@ -245,14 +255,15 @@ class HttpEngine:
 
     def _pump(self) -> None:
         """Begins as many requests, in order, as the concurrency allows."""
-        pause = self._paused_until - self._loop.time()
+        pause = self._window.pause_s
         if pause > 0 and self._queue:
             if self._resuming is not None:
                 self._resuming.cancel()
             self._resuming = self._loop.call_later(pause, self._pump)
             return
-        while self._queue and len(self._active) < self._concurrency:
+        while self._queue and len(self._active) < self._window.limit:
             job = self._queue.popleft()
+            job.begun = self._window.begin()
             task = self._loop.create_task(self._ask(job))
             self._active[task] = job
             task.add_done_callback(self._done)
@@ -266,23 +277,26 @@ class HttpEngine:
             outcome = failure("server", f"the client failed with {type(error).__name__}")
         else:
             outcome = task.result()
-        self._watch(outcome)
+        self._watch(job, outcome)
         self._hand_out([_Settled(job.tag, job.started_at, self._now(), outcome)])
         self._pump()
 
-    def _watch(self, outcome: Outcome) -> None:
-        """Learns from how a request ended whether the pool is still there, and whether it wants a pause."""
+    def _watch(self, job: _Job, outcome: Outcome) -> None:
+        """Learns from how a request ended whether the pool is still there, and how much it wants to be asked."""
         if outcome.http_status is not None:
             self._unconnected = self._unanswered = 0
         elif outcome.status == "failed":
             self._unanswered += 1
         if outcome.error_class == "auth_funds" or self._unconnected >= self._down_after:
             self._fall(outcome.error_message or "unusable")
-        elif self._unanswered >= max(2 * self._concurrency, self._down_after):
+        elif self._unanswered >= max(2 * self._ceiling, self._down_after):
             self._fall(f"{self._unanswered} requests in a row got no answer")
-        if outcome.retry_after_s:
-            until = self._loop.time() + min(outcome.retry_after_s, LONGEST_PAUSE_S)
-            self._paused_until = max(self._paused_until, until)
+        if outcome.error_class in ("rate", "capacity"):
+            self._window.pushed_back(job.begun, outcome.retry_after_s)
+        elif outcome.http_status is not None:
+            self._window.answered(job.begun)
+            if outcome.retry_after_s:
+                self._window.wait(outcome.retry_after_s)
 
     def _fall(self, why: str) -> None:
         if self._down is None:
@@ -318,29 +332,41 @@ class HttpEngine:
 
     async def _ask(self, job: _Job) -> Outcome:
         try:
+            headers = await self._let_in()
+        except ConfigError as error:
+            return failure("auth_funds", error.problem)
+        profile = self._endpoint.profile
+        if profile.sends_request_id is not None:
+            headers[profile.sends_request_id] = job.attempt
+        try:
             async with self._session.post(
-                self._urls[job.chat],
-                data=job.body,
-                headers={"X-Request-Id": job.attempt},
-                allow_redirects=False,
+                self._urls[job.chat], data=job.body, headers=headers, allow_redirects=False
             ) as response:
                 status = response.status
                 body = await read_body(response, self._max_answer_bytes)
                 if body is None:
                     return failure("bad_output", f"the answer is larger than {self._max_answer_bytes} bytes", status)
                 return read_answer(
-                    self._endpoint.profile,
+                    profile,
                     status,
                     {name.lower(): value for name, value in response.headers.items()},
                     body,
                     chat=job.chat,
                     n=job.n,
                     prompt_text=job.prompt_text,
-                    secrets=self._secrets,
+                    secrets=self._credentials.secrets,
                     now=self._now,
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return self._no_answer(error)
+
+    async def _let_in(self) -> dict[str, str]:
+        """The headers that let a request in. Raises ConfigError where they are not to be had any more."""
+        headers = self._credentials.current()
+        if headers is None:
+            # Fetching takes its time, on a thread of its own: this one serves every pool.
+            headers = await asyncio.to_thread(self._credentials.refresh)
+        return dict(headers)
 
     def _no_answer(self, error: Exception) -> Outcome:
         if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
@@ -364,12 +390,13 @@ def list_models(spec: PoolSpec) -> list[str]:
     should, ConfigError where the pool is misconfigured.
     """
     where = endpoint(spec)
-    key = read_key(spec)
+    credentials = credentials_for(spec, where.profile.auth)
+    headers = credentials.refresh()
 
     async def ask() -> tuple[int, bytes | None]:
         async with (
-            open_session(where, spec, key, 1) as session,
-            session.get(where.url("models"), allow_redirects=False) as response,
+            open_session(where, spec, None, 1) as session,
+            session.get(where.url("models"), headers=headers, allow_redirects=False) as response,
         ):
             return response.status, await read_body(response, MAX_ANSWER_BYTES)
 
@@ -381,7 +408,7 @@ def list_models(spec: PoolSpec) -> list[str]:
     document = read_json(body or b"")
     listed = pointer(document, "/data")
     if status != 200 or not isinstance(listed, list):
-        said = provider_message(pointer(document, "/error"), "", (key,) if key else ())
+        said = provider_message(pointer(document, "/error"), "", credentials.secrets)
         raise PoolDown(f"{at} does not list its models ({status}{': ' + said if said else ''})")
     names = (pointer(each, "/id") for each in listed)
     return [name for name in names if isinstance(name, str)]

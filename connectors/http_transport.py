@@ -20,7 +20,7 @@ from bidbeam import __version__
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.http_wire import MESSAGE_CHARS, Outcome
 from bidbeam.connectors.pools import PoolSpec
-from bidbeam.connectors.profiles import ErrorClass, Profile, profile
+from bidbeam.connectors.profiles import ErrorClass, Profile, resolved
 
 KEEPALIVE_S = 4.0
 """Below the 5 s after which common servers drop an idle connection, so that no request meets one that just closed."""
@@ -41,12 +41,17 @@ class Endpoint:
 
 
 def endpoint(spec: PoolSpec) -> Endpoint:
-    """The endpoint of a pool of kind ``openai``. Raises ConfigError where its address is missing, is no http(s) URL,
-    holds a password, or is plain http to another machine.
+    """The endpoint of a remote pool, its profile with the pool's options in it. Raises ConfigError where an option is
+    missing or does not fit, and where the address is missing, is no http(s) URL, holds a password, or is plain http to
+    another machine.
     """
     key = f"pools.{spec.name}.base_url"
-    chosen = profile(spec.profile)
-    address = spec.base_url or chosen.base_url
+    try:
+        chosen = resolved(spec.profile, spec.options, spec.base_url or None)
+    except ConfigError as error:
+        place = f"pools.{spec.name}.{error.key}"
+        raise ConfigError(error.problem, key=place, expected=error.expected, nearest=error.nearest) from None
+    address = chosen.base_url
     if not address:
         raise ConfigError("a pool of kind openai needs an address", key=key, expected="https://host/v1")
     try:
@@ -143,8 +148,9 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes | Non
 
 
 def open_session(where: Endpoint, spec: PoolSpec, key: str | None, concurrency: int) -> aiohttp.ClientSession:
-    """One session for one pool. Must be called on the loop."""
-    headers = CIMultiDict(spec.headers)
+    """One session for one pool. Must be called on the loop. ``key`` None: each request brings what lets it in."""
+    headers = CIMultiDict(where.profile.headers)
+    headers.update(spec.headers)
     headers.update({"User-Agent": f"bidbeam/{__version__}", "Content-Type": "application/json"})
     if key:
         auth = where.profile.auth

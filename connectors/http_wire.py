@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
-from bidbeam.connectors.profiles import ErrorClass, ErrorRule, Profile
+from bidbeam.connectors.profile_record import ErrorClass, ErrorRule, Profile
 from bidbeam.connectors.secrets import mask
 
 MESSAGE_CHARS = 200
@@ -66,12 +67,14 @@ class SamplingError(ValueError):
 
 
 @lru_cache(maxsize=4096)
-def read_sampling(text: str | None, max_tokens_field: str) -> Sampling:
-    """Takes ``text`` apart, without ``max_tokens``, which the request's own column decides. Raises SamplingError."""
-    kept: list[str] = []
+def read_sampling(text: str | None, max_tokens_field: str, kept: frozenset[str] = frozenset()) -> Sampling:
+    """Takes ``text`` apart, without ``max_tokens``, which the request's own column decides. Raises SamplingError,
+    also where it sets one of the fields ``kept`` for the pool.
+    """
+    fields: list[str] = []
     n = 1
     for name, value in _members(text or "{}"):
-        if name in _OURS:
+        if name in _OURS or name in kept:
             raise SamplingError(f"sampling may not set {name!r}")
         if name in ("max_tokens", max_tokens_field):
             continue
@@ -79,8 +82,8 @@ def read_sampling(text: str | None, max_tokens_field: str) -> Sampling:
             if not value.isdecimal() or int(value) < 1:
                 raise SamplingError("sampling: n is not a positive whole number")
             n = int(value)
-        kept.append(f"{json.dumps(name)}:{value}")
-    return Sampling(",".join(kept), n)
+        fields.append(f"{json.dumps(name)}:{value}")
+    return Sampling(",".join(fields), n)
 
 
 def _members(text: str) -> list[tuple[str, str]]:
@@ -129,9 +132,11 @@ def request_body(
 ) -> bytes:
     """The JSON body. ``messages`` is JSON text and goes in as it is; ``prompt`` is the raw text."""
     asked = f'"messages":{messages}' if messages is not None else f'"prompt":{json.dumps(prompt)}'
-    parts = [f'"model":{json.dumps(model)}', asked, f"{json.dumps(profile.max_tokens_field)}:{max_tokens}"]
+    named = model if profile.sends_model else ""
+    parts = [f'"model":{json.dumps(named)}', asked, f"{json.dumps(profile.max_tokens_field)}:{max_tokens}"]
     if sampling.fields:
         parts.append(sampling.fields)
+    parts += [f"{json.dumps(name)}:{json.dumps(value)}" for name, value in profile.body.items()]
     if cache_salt is not None and profile.takes_cache_salt:
         parts.append(f'"cache_salt":{json.dumps(cache_salt)}')
     return ("{" + ",".join(parts) + "}").encode("utf-8", "replace")
@@ -153,17 +158,26 @@ def read_answer(
     for a bad answer is charged too. ``headers`` has lower-case names. Never raises.
     """
     document = read_json(body)
+    if isinstance(document, list) and len(document) == 1 and isinstance(document[0], dict):
+        document = document[0]  # as Google sends errors
     base = Outcome(
         "failed",
         http_status=http_status,
         provider_request_id=_request_id(profile, headers, document, secrets),
-        provider_cost=_cost(pointer(document, profile.usage.cost)),
+        provider_cost=None if profile.usage.cost is None else _cost(pointer(document, profile.usage.cost)),
         **_usage(profile, document),
     )
 
+    error = _error_of(document)
+    after = retry_after_s(profile, headers, now)
+    if after is None and (error is not None or http_status >= 300):
+        after = told_wait_s(profile, error)
+
     def failed(error_class: ErrorClass, message: str) -> Outcome:
-        after = retry_after_s(profile, headers, now)
         return replace(base, error_class=error_class, error_message=message[:MESSAGE_CHARS], retry_after_s=after)
+
+    def classed(status: int) -> ErrorClass:
+        return classify(profile, status, document, headers, waits=after is not None)
 
     def theirs(status: int, error: object) -> str:
         said = provider_message(error, prompt_text, secrets)
@@ -172,16 +186,18 @@ def read_answer(
         )
 
     if not 200 <= http_status < 300:
-        return failed(classify(profile, http_status, document), theirs(http_status, _error_of(document)))
+        status = _inner_status(profile, document) or http_status
+        return failed(classed(status), theirs(status, error))
     if document is _GARBAGE:
         kind = provider_message(headers.get("content-type", "").partition(";")[0], prompt_text, secrets)
         return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {len(body)} bytes)")
-    error = _error_of(document)
     if error is not None:
         inner = _status_of(error)
         if inner is None:
-            return failed(_by_rules(profile, None, document) or "bad_output", theirs(http_status, error))
-        return failed(classify(profile, inner, document), theirs(inner, error))
+            return failed(
+                _by_rules(profile, None, document, headers, False) or "bad_output", theirs(http_status, error)
+            )
+        return failed(classed(inner), theirs(inner, error))
     return _read_choices(document, base, failed, chat=chat, n=n)
 
 
@@ -228,27 +244,49 @@ _EXPLAINED = {
 }
 
 
-def classify(profile: Profile, http_status: int, document: object = None) -> ErrorClass:
-    """The class of an error by the profile's rules; where none matches ``server`` from 500 up, else ``caller``."""
-    return _by_rules(profile, http_status, document) or ("server" if http_status >= 500 else "caller")
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
-def _by_rules(profile: Profile, http_status: int | None, document: object) -> ErrorClass | None:
+def classify(
+    profile: Profile,
+    http_status: int,
+    document: object = None,
+    headers: Mapping[str, str] = _NO_HEADERS,
+    *,
+    waits: bool = False,
+) -> ErrorClass:
+    """The class of an error by the profile's rules; where none matches ``server`` from 500 up, else ``caller``.
+
+    ``waits``: whether the answer names a time to wait.
+    """
+    found = _by_rules(profile, http_status, document, headers, waits)
+    return found or ("server" if http_status >= 500 else "caller")
+
+
+def _by_rules(
+    profile: Profile, http_status: int | None, document: object, headers: Mapping[str, str], waits: bool
+) -> ErrorClass | None:
     for rule in profile.error_map:
-        if _matches(rule, http_status, document):
+        if (waits or not rule.waits) and _matches(rule, http_status, document, headers):
             return rule.error_class
     return None
 
 
-def _matches(rule: ErrorRule, http_status: int | None, document: object) -> bool:
+def _matches(rule: ErrorRule, http_status: int | None, document: object, headers: Mapping[str, str]) -> bool:
     if http_status is None and not rule.contains:
         return False
     if rule.statuses and http_status is not None and http_status not in rule.statuses:
         return False
     if not rule.contains:
         return True
-    texts = (pointer(document, each) for each in rule.pointers)
+    texts = (pointer(document, each) if each.startswith("/") else headers.get(each) for each in rule.pointers)
     return any(isinstance(text, str) and rule.contains in text.lower() for text in texts)
+
+
+def _inner_status(profile: Profile, document: object) -> int | None:
+    """The status that an error quotes of what stands behind the provider, as far as it is one of an error."""
+    status = None if profile.inner_status is None else _whole(pointer(document, profile.inner_status))
+    return status if status is not None and 400 <= status < 600 else None
 
 
 def provider_message(error: object, prompt_text: str, secrets: Iterable[str]) -> str:
@@ -326,6 +364,27 @@ def _seconds(value: str, now: Callable[[], datetime]) -> float | None:
     return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now()).total_seconds())
 
 
+_WAIT = re.compile(r" *(\d{1,6}(?:\.\d{1,6})?) ?(ms|milli|s|m|h)[a-z]*")
+_UNIT_S = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def told_wait_s(profile: Profile, error: object) -> float | None:
+    """Seconds to wait as an error's message has it: ``Please retry after 6 seconds.``, ``try again in 1m30s``."""
+    said = error.get("message") if isinstance(error, dict) else error
+    if not isinstance(said, str):
+        return None
+    text = said[:_MESSAGE_READ].lower()
+    for phrase in profile.retry_after_phrases:
+        at, seconds = text.find(phrase), 0.0
+        found = _WAIT.match(text, at + len(phrase)) if at >= 0 else None
+        while found:
+            seconds += float(found[1]) * _UNIT_S[found[2]]
+            found = _WAIT.match(text, found.end())
+        if seconds:
+            return seconds
+    return None
+
+
 class _Garbage:
     """What is no JSON at all; not None, which is JSON's null."""
 
@@ -361,7 +420,8 @@ def _error_of(document: object) -> object:
         return None
     found = document.get("error")
     if not found and not document.get("choices"):
-        found = document.get("detail") or (document.get("message") if "message" in document else None)
+        names = ("detail", "OriginalMessage", "message", "Message")
+        found = next((document[name] for name in names if document.get(name)), None)
     return found or pointer(document, "/choices/0/error") or None
 
 

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from bidbeam import __version__
 from bidbeam.connectors.errors import BidbeamError
-from bidbeam.connectors.http_transport import is_loopback
 from bidbeam.connectors.http_wire import provider_message, read_json
 
 MOST_BYTES = 8 * 2**20
@@ -67,6 +66,9 @@ def call_json(
     timeout_s: float = 30.0,
 ) -> Answer:
     """One request to a checked ``http(s)`` address; an error status is an answer too. Raises NoAnswer."""
+    # Late: with it comes an HTTP client that whoever only describes a lease has no use for.
+    from bidbeam.connectors.http_transport import is_loopback
+
     data = None if body is None else dumps(body).encode()
     told = {"User-Agent": f"bidbeam/{__version__}", "Accept": "application/json", **(headers or {})}
     if data is not None:

@@ -75,7 +75,9 @@ class Slot:
 def slot_for(context: RunContext, spec: PoolSpec, model: str, replica: int = 0) -> Slot:
     """The slot of one model on one pool in this process; starts loading on first use and returns at once."""
     same = [getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name not in _TERMS]
-    key = (context.rehearse, model, replica, repr(same))
+    # What a batch pool sends is written down in the run's own journal.
+    home = context.journal.url if spec.kind == "batch" else None
+    key = (context.rehearse, model, replica, repr(same), home)
     return registry.acquire(key, lambda: _start(context, spec, model))
 
 
@@ -103,6 +105,26 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
             return round(engine.ready().load_s * 1000) if engine.wait(timeout_s) else None
 
         return Slot(engine, setup)
+    if spec.kind == "batch":
+        from bidbeam.connectors.batch_engine import BatchEngine
+        from bidbeam.transforms.adopting import batches_of, booked_rows
+
+        return Slot(
+            BatchEngine(
+                spec,
+                model,
+                batches_of(context),
+                run_id=context.run_id,
+                seed=context.seed,
+                booked=lambda intent: booked_rows(context, intent),
+            )
+        )
+    from bidbeam.connectors.profiles import profile
+
+    if profile(spec.profile).transport == "sagemaker":
+        from bidbeam.connectors.sagemaker_engine import SagemakerEngine
+
+        return Slot(SagemakerEngine(spec, model))
     from bidbeam.connectors.http_engine import HttpEngine
 
     return Slot(HttpEngine(spec, model))

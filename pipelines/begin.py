@@ -27,6 +27,7 @@ from bidbeam.pipelines.lease import Lease
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
+from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
 from bidbeam.transforms.journal import sound_segments
@@ -240,6 +241,9 @@ def make_context(
         # That start may have been cut short while it tidied up.
         compact(journal, ended)
     earlier = sound_segments(journal)
+    for start in sorted({start_of(entry.name) for entry in journal.list("start-")}):
+        # A start that was cut short had requests in flight: from here on they count as spent.
+        earlier += book_open(journal, f"start-{start:03d}")
     starts = [ended or 0, *(start_of(entry.name) for entry in journal.list("start-"))]
     spent = sum((segment.cost for segment in earlier), Decimal(0 if manifest is None else manifest["cost"]))
     contexts = longest_contexts(job, facts)

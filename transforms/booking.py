@@ -54,6 +54,7 @@ def book(context: RunContext, part: str, segments: Sequence[SegmentRef]) -> Publ
 
 def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str, Terms]) -> Published:
     """Writes the attempts and charges of SEGMENT rows; ``cost`` of the result is their sum in USD."""
+    rows = _settled_once(rows)
     if not rows.num_rows:
         return Published()
     attempts, charges = explode(
@@ -75,6 +76,17 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
     cost = sum_decimal(rows.column("cost"))
     # Adding to nothing merges the counts of one pool.
     return Published() + Published(parts=parts, cost=cost, baseline_cost=baseline, pools=tuple(pool_counts(rows)))
+
+
+def _settled_once(rows: pa.Table) -> pa.Table:
+    """The rows without those that were given up for lost and came back after all: each attempt is booked once."""
+    lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
+    if not pc.any(lost).as_py():
+        return rows
+    ids = rows.column("attempt_id").combine_chunks()
+    ids = ids.storage if isinstance(ids, pa.ExtensionArray) else ids
+    back = pc.is_in(ids, value_set=ids.filter(pc.invert(lost).combine_chunks()))
+    return rows.filter(pc.invert(pc.and_(lost, back)))
 
 
 def pool_counts(rows: pa.Table) -> list[PoolCount]:

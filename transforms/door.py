@@ -50,12 +50,15 @@ def _constant(value: str | None, rows: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value], pa.string()))
 
 
-def attempt_ids(context: RunContext, tags: npt.NDArray[np.int64], attempt_no: int, round_: int) -> pa.Array:
-    """Deterministic 16-byte ids, one per (run, start, round, attempt, place): splitmix64 over a digest of the former.
+def attempt_ids(
+    context: RunContext, tags: npt.NDArray[np.int64], attempt_no: int, round_: int, try_: int = 0
+) -> pa.Array:
+    """Deterministic 16-byte ids, one per (run, start, round, attempt, try, place): splitmix64 over a digest of the
+    former.
 
     They are made from where a request stands, not from what it says, so a ledger gives nothing of a prompt away.
     """
-    text = f"{context.run_id}|{context.start}|{round_}|{attempt_no}"
+    text = f"{context.run_id}|{context.start}|{round_}|{attempt_no}" + (f"|{try_}" if try_ else "")
     salt = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], "<u8")
     halves = np.empty((len(tags), 2), np.uint64)
     with np.errstate(over="ignore"):
@@ -93,8 +96,11 @@ class Door:
         self._key_name = self._layout.schema.field(self._layout.index("key")).name.removeprefix("bidbeam:")
         self._ranges: dict[tuple[int, frozenset[str]], tuple[pa.Table, pa.Table, npt.NDArray[np.int64]]] = {}
 
-    def open(self, lot: dict[str, object], wants: frozenset[str], *, ideal: bool = False) -> LotRequests:
-        """The requests of one row of a LOT table; ``ideal`` adds ``ideal_cached_tokens`` for a stand-in."""
+    def open(self, lot: dict[str, object], wants: frozenset[str], *, ideal: bool = False, try_: int = 0) -> LotRequests:
+        """The requests of one row of a LOT table; ``ideal`` adds ``ideal_cached_tokens`` for a stand-in.
+
+        ``try_`` counts how often a worker has begun on the same lots before and been cut short.
+        """
         context = self._context
         range_ = int(str(lot["range"]))
         order, rows, starts = self._range(range_, wants)
@@ -105,7 +111,7 @@ class Door:
         _check_lot(lot, spilled)
         n = len(places)
         tags = (np.int64(range_) << 32) | places
-        ids = attempt_ids(context, tags, int(str(lot["attempt_no"])), int(str(lot["round"])))
+        ids = attempt_ids(context, tags, int(str(lot["attempt_no"])), int(str(lot["round"])), try_)
         tenant = lot["tenant"]
         columns: dict[str, pa.Array] = {
             "tag": pa.array(tags),

@@ -6,12 +6,16 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from bidbeam.connectors.errors import StoreError
+from bidbeam.connectors.store import Store
 from bidbeam.transforms import stopping
-from bidbeam.transforms.lane import Lane
 from bidbeam.transforms.run_context import RunContext
+
+if TYPE_CHECKING:
+    from bidbeam.transforms.lane import Lane
 
 _EVERY_S = {True: 1.0, False: 5.0}
 """Seconds between beats, on a local disk and on an object store."""
@@ -21,9 +25,19 @@ def name_of(prefix: str) -> str:
     return f"progress/{prefix}.json"
 
 
+def last_sign(journal: Store, scratch_name: str, shift: str) -> datetime | None:
+    """When a shift was last known to be alive; None where it never said so."""
+    name = f"{scratch_name}/{name_of(shift)}"
+    try:
+        return datetime.fromisoformat(json.loads(journal.read(name))["at"]) if journal.exists(name) else None
+    except (ValueError, KeyError):
+        return None
+
+
 def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
     """Counts per pool; tokens are None while nothing is known of them."""
     return {
+        "at": datetime.now(UTC).isoformat(),
         "pools": [
             {
                 "pool": lane.pool,
@@ -39,7 +53,7 @@ def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
                 "down": lane.down,
             }
             for lane in lanes
-        ]
+        ],
     }
 
 

@@ -25,6 +25,8 @@ from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row
 NOT_SENT = "not sent"
 """The message of a ``cancelled`` result whose request never left the engine: nothing is owed for it."""
 
+_LEAST_NOTED = 8
+"""Requests that are written down at a time before they are sent, where an engine's window is smaller."""
 _LOST = "given up in flight: it may have been served, so it is booked at its worst case"
 
 Tags = np.ndarray[Any, np.dtype[np.int64]]
@@ -46,6 +48,8 @@ class Lane:
     """Whether the pool may see a lot; one that it may not is left over elsewhere."""
     open_lot: Callable[[Lot, Engine], Future[LotRequests | None]]
     """A lot's requests that are still to be sent; None where an earlier try has settled them all."""
+    announce: Callable[[pa.RecordBatch], Future[None]] | None
+    """Writes down that these requests are about to be sent; done once they may be. None: nobody need know."""
     overhead_id: Callable[[int], bytes]
     """The attempt id of the lane's n-th overhead row."""
     round: int
@@ -73,6 +77,11 @@ class Lane:
     _opened: LotRequests | None = None
     _next: tuple[Lot, Future[LotRequests | None]] | None = None
     """The lot that is opened ahead: an engine must not wait for the store."""
+    _noted: int = 0
+    """Rows of the opened lot that may be sent."""
+    _noting: tuple[int, Future[None]] | None = None
+    """Up to which row more are being written down."""
+    _window: int = _LEAST_NOTED
     _at: int = 0
     _outstanding: list[pa.RecordBatch] = field(default_factory=list)
     _results: list[pa.RecordBatch] = field(default_factory=list)
@@ -98,7 +107,12 @@ class Lane:
     @property
     def hungry(self) -> bool:
         """Whether it takes more at this very moment."""
-        return self.waiting and self._ready and self.engine.room > 0
+        return self.waiting and self._ready and self.engine.room > 0 and not self._held_up
+
+    @property
+    def _held_up(self) -> bool:
+        """Whether nothing can be sent before more of it is written down."""
+        return self._noting is not None and self._noted <= self._at and not self._noting[1].done()
 
     @property
     def open(self) -> bool:
@@ -115,14 +129,19 @@ class Lane:
             self._ready = self._ready or (self.waiting and self.loaded())
             while self.hungry:
                 room = self.engine.room
+                if self.engine.in_flight == 0:
+                    self._window = max(room, _LEAST_NOTED)
                 if self._opened is None:
                     lot = self.queue.popleft()
                     if not self.admit(lot):
                         continue
-                    self._opened, self._at = self._open(lot), 0
+                    self._opened, self._at, self._noted = self._open(lot), 0, 0
                     if self._opened is None:
                         continue
                     self.lots[self._opened.lot_id] = lot
+                room = min(room, self._note_ahead(self._opened))
+                if room == 0:
+                    break
                 part = self._opened.requests.slice(self._at, room)
                 if self.meter is not None and self.engine.in_flight == 0:
                     self.meter().busy()
@@ -136,6 +155,20 @@ class Lane:
                     self._opened = None
         except (ModelError, PoolDown) as error:
             self.mark_down(str(error))
+
+    def _note_ahead(self, opened: LotRequests) -> int:
+        """How many of the lot's next requests may be sent; sees to it that there are always more."""
+        rows: int = opened.requests.num_rows
+        if self.announce is None:
+            return rows - self._at
+        if self._noting is not None and self._noting[1].done():
+            noted, written = self._noting
+            written.result()
+            self._noted, self._noting = noted, None
+        if self._noting is None and self._noted < rows and self._noted - self._at < self._window:
+            end = min(self._noted + self._window, rows)
+            self._noting = (end, self.announce(opened.info.slice(self._noted, end - self._noted)))
+        return self._noted - self._at
 
     def _open(self, lot: Lot) -> LotRequests | None:
         """The lot's requests; meanwhile those of the lot after it are begun."""
@@ -180,6 +213,7 @@ class Lane:
             if len(tags):
                 left.append((self.lots[self._opened.lot_id], tags))
             self._opened = None
+        self._noting = None
         while self.queue:
             lot = self.queue.popleft()
             left.append((lot, all_tags(lot)))

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import Engine
 from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
-from bidbeam.transforms import heartbeat, stopping
+from bidbeam.transforms import dispatch, heartbeat, stopping
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
 from bidbeam.transforms.journal import (
@@ -46,7 +46,9 @@ from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.spilling import SpillRef
 
 _SEGMENT_ROWS = 65_536
-_SEGMENT_S = 2.0
+_SEGMENT_S = 0.5
+_REMOTE_SEGMENT_S = 2.0
+"""Seconds after which what was answered is written down, on a local disk and on an object store: a crash asks it again."""
 _TICK_S = 0.25
 _WRITES_AHEAD = 2
 _GRACE_S = 10.0
@@ -130,6 +132,10 @@ class Shift:
         self._flushes = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-journal")
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-door")
+        self._dispatcher = ThreadPoolExecutor(1, thread_name_prefix="bidbeam-dispatch")
+        self._segment_s = _SEGMENT_S if context.scratch.is_local else max(_SEGMENT_S, _REMOTE_SEGMENT_S)
+        self._dispatches = 0
+        self._try = 0
         self._writing: deque[Future[SegmentRef]] = deque()
         self._failed: dict[str, _Left] = {}
         self._unsent: dict[str, _Left] = {}
@@ -156,7 +162,7 @@ class Shift:
                     if not lane.open:
                         self._hand_over(lane)
                 pending = sum(lane.pending_results for lane in self._lanes.values())
-                if pending >= _SEGMENT_ROWS or (pending and time.monotonic() - last_flush >= _SEGMENT_S):
+                if pending >= _SEGMENT_ROWS or (pending and time.monotonic() - last_flush >= self._segment_s):
                     yield from self._flush(final=False)
                     last_flush = time.monotonic()
                     beat()
@@ -165,6 +171,8 @@ class Shift:
                     self._wake.clear()
             yield from self._flush(final=True)
             beat()
+        if self._dispatches:
+            dispatch.close(self._context.journal, self._context.scratch_name, self._task.prefix)
         if stopping.requested():
             raise Interrupted("stopped by a signal; what was settled is kept")
         yield ShiftResult(unserved=self._unserved())
@@ -174,11 +182,19 @@ class Shift:
     def _earlier_try(self) -> Iterator[ShiftResult]:
         """What an earlier try of this very bundle has settled is not asked again; its segments count as ours."""
         tags, failed = [], []
+        if not self._context.rehearse:
+            scratch = self._context.scratch_name
+            self._try = dispatch.tries(self._context.journal, scratch, self._task.prefix)
+            if self._try:
+                # What it had in flight may have been served: it is booked, and asked again under ids of its own.
+                list(dispatch.book_open(self._context.journal, scratch, [self._task.prefix]))
         for name in list_segments(self._context.journal, f"{self._context.scratch_name}/segments/{self._task.prefix}-"):
             rows, _ = read_segment(self._context.journal, name)
             self._number = max(self._number, segment_number(name) + 1)
             self._flushes = self._number
-            tags.append(rows.column("tag").drop_null().to_numpy())
+            rows_lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
+            tags.append(rows.filter(pc.invert(rows_lost)).column("tag").drop_null().to_numpy())
+            rows = rows.filter(pc.invert(rows_lost))
             failed.append(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
             yield ShiftResult(segment=segment_ref(self._context.journal, name))
         if tags:
@@ -223,6 +239,7 @@ class Shift:
                 terms=terms,
                 meter=slot.meter if terms.price.by_time else None,
                 admit=partial(self._admit, pool),
+                announce=self._announcer(slot, terms),
                 open_lot=self._open_lot,
                 overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._flushes}|{number}".encode()).digest()[:16],
                 round=self._task.round,
@@ -230,6 +247,25 @@ class Shift:
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]
+
+    def _announcer(self, slot: Slot, terms: Terms) -> Callable[[pa.RecordBatch], Future[None]] | None:
+        """How a lane writes down what it is about to send. A rehearsal sends nothing; some engines keep their own
+        journal, because what they have sent outlives us."""
+        if self._context.rehearse or getattr(slot.engine, "keeps_journal", False):
+            return None
+
+        def announce(requests: pa.RecordBatch) -> Future[None]:
+            self._dispatches += 1
+            where = dispatch.directory(self._context.scratch_name)
+            name = f"{where}/{self._task.prefix}-t{self._try:02d}-{self._dispatches:06d}.arrow"
+            setup_ms = slot.meter().setup_ms if terms.price.by_time else 0
+            written = self._dispatcher.submit(
+                dispatch.write_dispatch, self._context.journal, name, requests, terms, setup_ms
+            )
+            written.add_done_callback(lambda _: self._wake.set())
+            return written
+
+        return announce
 
     def _admit(self, pool: str, lot: Lot) -> bool:
         # Asked again here because every way to an engine ends here: awards, hand-overs and whatever comes to be added.
@@ -248,7 +284,7 @@ class Shift:
             if len(left) == 0:
                 return None
             lot = {**lot, "places": (left & 0xFFFFFFFF).astype("<u4").tobytes()}
-        return self._door.open(lot, wants, ideal=self._context.rehearse)
+        return self._door.open(lot, wants, ideal=self._context.rehearse, try_=self._try)
 
     # -- during ---------------------------------------------------------------------------------------------------
 
@@ -299,7 +335,7 @@ class Shift:
                 self._stop(lane, "deadline")
             elif overspent and not lane.terms.price.by_time:
                 self._stop(lane, "budget")
-            elif lane.over_reserve(_SEGMENT_S):
+            elif lane.over_reserve(self._segment_s):
                 self._stop(lane, "budget")
                 lane.engine.cancel()
         if stopping.requested():

@@ -46,7 +46,7 @@ def open_ledger(
     store = ledger_store(url, rehearsals=rehearsals, storage=storage)
     manifests = latest_manifests(store)
     if not manifests:
-        raise UsageError(_no_ledger(store, rehearsals=rehearsals))
+        raise UsageError(no_ledger(store, rehearsals=rehearsals))
     with open_files(store, listed_files(manifests)) as connection:
         yield connection
 
@@ -121,7 +121,8 @@ def _lock(connection: duckdb.DuckDBPyConnection, allowed: list[str]) -> None:
     connection.execute("SET enable_external_access = false")
 
 
-def _no_ledger(store: Store, *, rehearsals: bool) -> str:
+def no_ledger(store: Store, *, rehearsals: bool) -> str:
+    """Why there is nothing to read, and what to do."""
     if rehearsals:
         return f"no rehearsal has been written to {store.url}; run one with: bidbeam run JOB --rehearse"
     if any(entry.name.startswith(f"{REHEARSALS}/runs/") for entry in store.list(f"{REHEARSALS}/runs/")[:1]):

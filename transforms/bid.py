@@ -109,7 +109,21 @@ def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
             else (min(known) if spec.kind == "vllm" and known else None),
             cache_block=blocks[0] if blocks and spec.kind == "vllm" else None,
         )
+        states.append(_with_history(context, state))
     return states
+
+
+def _with_history(context: RunContext, state: PoolState) -> PoolState:
+    """The pool with what the ledger's earlier runs taught of it.
+
+    A speed that nobody declared bounds a pool only where it refused more than that, and only before a deadline:
+    without one it would spread the lots over dearer pools to no one's use.
+    """
+    spec = state.spec
+    of_model = {model: context.known[spec.name, model] for model in spec.models if (spec.name, model) in context.known}
+    limits = [known.limit_tokens_per_second for known in of_model.values() if known.limit_tokens_per_second]
+    walled = context.deadline_at is not None and state.tokens_per_second is None and limits
+    return replace(state, of_model=of_model, tokens_per_second=max(limits) if walled else state.tokens_per_second)
 
 
 def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now: datetime) -> Decision:
@@ -129,23 +143,9 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
     left = lots.set_column(
-        states.append(_with_history(context, state))
         lots.schema.get_field_index("last_error"), LOT.field("last_error"), pa.array(reasons, pa.string())
     )
     return Decision(
-def _with_history(context: RunContext, state: PoolState) -> PoolState:
-    """The pool with what the ledger's earlier runs taught of it.
-
-    A speed that nobody declared bounds a pool only where it refused more than that, and only before a deadline:
-    without one it would spread the lots over dearer pools to no one's use.
-    """
-    spec = state.spec
-    of_model = {model: context.known[spec.name, model] for model in spec.models if (spec.name, model) in context.known}
-    limits = [known.limit_tokens_per_second for known in of_model.values() if known.limit_tokens_per_second]
-    walled = context.deadline_at is not None and state.tokens_per_second is None and limits
-    return replace(state, of_model=of_model, tokens_per_second=max(limits) if walled else state.tokens_per_second)
-
-
         round=round_,
         tasks=tuple(shifts_of(context, round_, lots, cleared)),
         waiting=left.filter(pa.array([reason is not None and not f for reason, f in zip(reasons, final, strict=True)])),

@@ -78,8 +78,8 @@ class PoolState:
     """Tokens that the engine caches as a whole; None for a remote pool."""
     turnaround_s: float = 0.0
     """Seconds before the first answer can be expected: a node that has to start, a batch that has to wait its turn."""
-
     of_model: Mapping[str, Reputation] = field(default_factory=dict)
+
 
 def prior_state(
     spec: PoolSpec, *, now: datetime, context: int | None = None, cache_block: int | None = None
@@ -145,6 +145,11 @@ class LotColumns:
     def __len__(self) -> int:
         return len(self.requests)
 
+    def of_model(self, model: str) -> Bools:
+        """Which lots are of this model, (lots,)."""
+        found: Bools = np.asarray(pc.equal(self.model, model).fill_null(False))
+        return found
+
 
 def expected_usage(lots: LotColumns, pool: PoolState, warm: Bools | None = None) -> Usage:
     """What each lot is expected to use of the pool; ``warm`` (lots,) marks those that follow the lot before on it."""
@@ -156,11 +161,6 @@ def expected_usage(lots: LotColumns, pool: PoolState, warm: Bools | None = None)
     output = np.minimum(np.ceil(lots.max_output * output_share).astype(np.int64), lots.max_output)
     uncached = input_ - cached
     return Usage(uncached, cached, output, lots.requests, _engine_milliseconds(lots, uncached + output, pool))
-
-    def of_model(self, model: str) -> Bools:
-        """Which lots are of this model, (lots,)."""
-        found: Bools = np.asarray(pc.equal(self.model, model).fill_null(False))
-        return found
 
 
 def worst_usage(lots: LotColumns, pool: PoolState) -> Usage:
@@ -354,6 +354,8 @@ class BidMatrix:
                 offered(finish),
                 offered(self.score_of(pool, expected)),
                 label(state.spec.price.price_id),
+                offered(self.audit_cost(pool, expected)),
+                offered(self.exploration_credit(pool, expected)),
             ],
             schema=BIDS,
         )
@@ -363,8 +365,6 @@ class BidMatrix:
         if rate is None:
             return pa.nulls(len(self.lots), COST)
         return bill(usage, self.pools[pool].spec.price, rate)
-                offered(self.audit_cost(pool, expected)),
-                offered(self.exploration_credit(pool, expected)),
 
 
 def _ppm_by_lot(lots: LotColumns, pool: PoolState, otherwise: int, pick: Callable[[Reputation], float]) -> Ints:

@@ -145,6 +145,23 @@ def latest_manifests(ledger: Store) -> list[Manifest]:
         return list(pool.map(lambda name: _read(ledger, name), names))
 
 
+def manifests_of_dates(ledger: Store, dates: Sequence[date], most: int) -> list[Manifest]:
+    """The manifests that count of the runs of these run dates, at most ``most``: those of the first dates named.
+
+    Looks into the directories of these dates alone, however old and large the ledger is.
+    """
+
+    def names_of(day: date) -> list[str]:
+        return _latest_names(entry.name for entry in ledger.list(f"runs/run_date={day.isoformat()}/"))
+
+    if ledger.is_local:
+        names = [name for day in dates for name in names_of(day)][:most]
+        return [_read(ledger, name) for name in names]
+    with ThreadPoolExecutor(_READERS) as pool:
+        names = [name for of_day in pool.map(names_of, dates) for name in of_day][:most]
+        return list(pool.map(lambda name: _read(ledger, name), names))
+
+
 def listed_files(manifests: Sequence[Manifest]) -> dict[str, list[PartFile]]:
     """Table -> the files that count, in the manifests' order."""
     found: dict[str, list[PartFile]] = {}

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import duckdb
 import pyarrow as pa
 
 from bidbeam.connectors.errors import UsageError
-from bidbeam.connectors.ledger_manifest import latest_manifests, listed_files
+from bidbeam.connectors.ledger_manifest import PartFile, latest_manifests, listed_files
 from bidbeam.connectors.ledger_views import VIEWS, derived_views_sql, escape_pattern, sql_text, table_view_sql
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.connectors.store import Store
@@ -46,8 +46,14 @@ def open_ledger(
     store = ledger_store(url, rehearsals=rehearsals, storage=storage)
     manifests = latest_manifests(store)
     if not manifests:
-        raise UsageError(_no_ledger(store, rehearsals=rehearsals))
-    files = listed_files(manifests)
+        raise UsageError(no_ledger(store, rehearsals=rehearsals))
+    with open_files(store, listed_files(manifests)) as connection:
+        yield connection
+
+
+@contextmanager
+def open_files(store: Store, files: Mapping[str, Sequence[PartFile]]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with the ledger's views over these files alone, by table."""
     with duckdb.connect(":memory:") as connection:
         root = _reachable(connection, store)
         names = {table: [f"{root}{part.path}" for part in files.get(table, ())] for table in TABLES}
@@ -80,14 +86,16 @@ def query_ledger(
         return run_query(connection, sql)
 
 
-def run_query(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+def run_query(connection: duckdb.DuckDBPyConnection, sql: str, *, most: int | None = None) -> pa.Table:
     """One SELECT (WITH, VALUES, FROM, DESCRIBE, SHOW and SUMMARIZE count as one) on a connection of ``open_ledger``.
 
-    Raises UsageError for anything else, and with DuckDB's message and the nearest name where the SQL is at fault.
+    ``most`` cuts the answer to so many rows. Raises UsageError for anything else, and with DuckDB's message and the
+    nearest name where the SQL is at fault.
     """
     _single_select(sql)
     try:
-        return connection.sql(sql).to_arrow_table()
+        answer = connection.sql(sql)
+        return (answer if most is None else answer.limit(most)).to_arrow_table()
     except duckdb.Error as error:
         raise UsageError(_explained(connection, error)) from None
 
@@ -113,7 +121,8 @@ def _lock(connection: duckdb.DuckDBPyConnection, allowed: list[str]) -> None:
     connection.execute("SET enable_external_access = false")
 
 
-def _no_ledger(store: Store, *, rehearsals: bool) -> str:
+def no_ledger(store: Store, *, rehearsals: bool) -> str:
+    """Why there is nothing to read, and what to do."""
     if rehearsals:
         return f"no rehearsal has been written to {store.url}; run one with: bidbeam run JOB --rehearse"
     if any(entry.name.startswith(f"{REHEARSALS}/runs/") for entry in store.list(f"{REHEARSALS}/runs/")[:1]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
 
 LABEL = pa.dictionary(pa.int32(), pa.string())
 UTC = pa.timestamp("us", "UTC")
@@ -54,16 +54,18 @@ LOTS = _schema(
     ("run_id", LABEL), ("lot_id", pa.string()), ("round", pa.int16()), ("model", LABEL), ("placement", LABEL),
     ("tenant", LABEL), ("requests", pa.int64()), ("input_tokens", pa.int64()), ("max_input_tokens", pa.int64()),
     ("ideal_cached_tokens", pa.int64()), ("max_output_tokens", pa.int64()), ("tokens_estimated", pa.bool_()),
+    ("warm_tokens", pa.int64()),
 )  # fmt: skip
 """``input_tokens`` is the lot's sum, ``max_input_tokens`` its longest request, ``max_output_tokens`` the sum of
-n x max_tokens."""
+n x max_tokens, ``warm_tokens`` the part of the ideal that only a pool has which just served the lot before."""
 
 BIDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("eligible", pa.bool_()),
     ("reject_reason", LABEL), ("expected_cached_tokens", pa.int64()), ("expected_output_tokens", pa.int64()),
     ("expected_cost", COST), ("worst_case_cost", COST), ("risk_cost", COST), ("lateness_cost", COST),
-    ("finish_at", UTC), ("score", COST), ("price_id", LABEL),
+    ("finish_at", UTC), ("score", COST), ("price_id", LABEL), ("audit_cost", COST), ("exploration_credit", COST),
 )  # fmt: skip
+"""``score`` = expected + risk + lateness + audit cost - exploration credit, to the last digit."""
 
 AWARDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("score", COST),
@@ -73,8 +75,10 @@ AWARDS = _schema(
 AUCTIONS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lots", pa.int64()), ("pools", pa.int64()), ("objective", COST),
     ("lp_bound", COST), ("regret", pa.decimal128(20, 15)), ("awarded", pa.int64()), ("cleared_at", UTC),
+    ("rule", pa.string()),
 )  # fmt: skip
-"""``regret`` = (objective - lp_bound) / lp_bound over the awarded lots; NULL where the bound is 0 or unknown."""
+"""``regret`` = (objective - lp_bound) / lp_bound over the awarded lots; NULL where the bound is 0 or unknown. ``rule`` is
+the scoring rule that bids were told before: its parameters as JSON, with a digest of them."""
 
 ATTEMPTS = _schema(
     ("run_id", LABEL), ("request_id", pa.string()), ("lot_id", LABEL), ("round", pa.int16()), ("attempt_id", UUID),

@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +23,7 @@ from bidbeam.connectors.model_files import prepare_model
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.job import Job, check_fx, check_keys
+from bidbeam.pipelines.known import known_pools
 from bidbeam.pipelines.lease import Lease
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
@@ -104,8 +105,9 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
     try:
         # Only now: the holder before us may have ended the run a moment ago.
         manifest = read_manifest(run_dir)
-        context = make_context(
-            job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest
+        context = replace(
+            make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest),
+            known=known_pools(job, ledger, started_at),
         )
         record = RunRecord(
             name=job.name,
@@ -150,8 +152,6 @@ def prepare_models(job: Job, workers: ThreadPoolExecutor) -> dict[str, Future[st
 
 def render_spec(job: Job, plan: InputPlan, contexts: Mapping[str, int | None] | None = None) -> RenderSpec:
     """How rows become requests. OpenAI-batch input names its rows by ``custom_id`` unless the job says otherwise."""
-    from dataclasses import replace
-
     prompt = job.prompt
     if prompt.id is None and is_openai_batch(plan.schema):
         prompt = replace(prompt, id="custom_id")
@@ -233,8 +233,6 @@ def make_context(
     manifest: Mapping[str, Any] | None,
 ) -> RunContext:
     """The context of the next start of this run."""
-    from dataclasses import replace
-
     journal = run_dir.child("_journal")
     ended = None if manifest is None else int(manifest["starts"])
     if ended is not None:

@@ -111,7 +111,7 @@ def test_a_rejected_bid_has_a_row_without_money() -> None:
     unknown = {name for name, value in row.to_pylist()[0].items() if value is None}
     assert unknown == {
         "expected_cached_tokens", "expected_output_tokens", "expected_cost", "worst_case_cost", "risk_cost",
-        "lateness_cost", "finish_at", "score",
+        "lateness_cost", "finish_at", "score", "audit_cost", "exploration_credit",
     }  # fmt: skip
 
 

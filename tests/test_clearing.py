@@ -17,6 +17,7 @@ from bidbeam.transforms.allocation import allocate, lower_bound
 from bidbeam.transforms.bidding import make_bids
 from bidbeam.transforms.clearing import clear
 from bidbeam.transforms.market import UNSERVED, Market, best_chain, greedy, unserved_cost
+from bidbeam.transforms.scoring import rule_text
 
 CHEAP = {"input": "1", "output": "1"}
 DEAR = {"input": "2", "output": "2"}
@@ -158,7 +159,7 @@ def test_tables_have_the_ledgers_schemas() -> None:
         assert auction.schema == AUCTIONS
         assert auction.to_pylist()[0] | {"objective": 0, "lp_bound": 0, "regret": 0} == {
             "run_id": "r", "round": 3, "lots": lots.num_rows, "pools": 2, "objective": 0, "lp_bound": 0, "regret": 0,
-            "awarded": min(lots.num_rows, 1), "cleared_at": NOW,
+            "awarded": min(lots.num_rows, 1), "cleared_at": NOW, "rule": rule_text(),
         }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from bidbeam.connectors.errors import AlreadyExists, StoreError, UsageError
 from bidbeam.connectors.ledger_manifest import Manifest, PartFile, latest_manifest, latest_manifests
 from bidbeam.connectors.ledger_reader import open_ledger, query_ledger
 from bidbeam.connectors.ledger_writer import ensure_ledger, write_manifest, write_part
-from bidbeam.connectors.schemas import CHARGES, LABEL, TABLES
+from bidbeam.connectors.schemas import CHARGES, LABEL, LEDGER_VERSION, TABLES
 from bidbeam.connectors.store import Store
 
 __all__ = ["s3"]
@@ -67,7 +67,7 @@ def test_every_table_is_written_and_read_back_unchanged(ledger: Store) -> None:
         with ledger.open_input(part.path) as file:
             read = pq.ParquetFile(file).read()
         assert read.cast(schema).equals(written), table
-        assert read.schema.metadata[b"bidbeam.ledger_version"] == b"1"
+        assert read.schema.metadata[b"bidbeam.ledger_version"] == b"%d" % LEDGER_VERSION
         assert (part.rows, part.size_bytes) == (2, ledger.size(part.path))
 
 
@@ -254,7 +254,7 @@ def test_views_sql_is_renewed_by_newer_versions_only(ledger: Store) -> None:
         ledger.replace("views.sql", stale)
         ensure_ledger(ledger)
         assert ledger.read("views.sql") == current
-    newer = current.replace(b"version 1", b"version 2", 1)
+    newer = current.replace(b"version %d" % LEDGER_VERSION, b"version %d" % (LEDGER_VERSION + 1), 1)
     ledger.replace("views.sql", newer)
     ensure_ledger(ledger)
     assert ledger.read("views.sql") == newer

@@ -101,17 +101,29 @@ def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
         blocks = [context.models[model].cache_block for model in spec.models if model in context.models]
         contexts = [context.render.longest_context.get(model) for model in spec.models]
         known = [length for length in contexts if length is not None]
-        states.append(
-            prior_state(
-                spec,
-                now=now,
-                context=spec.context
-                if spec.context is not None
-                else (min(known) if spec.kind == "vllm" and known else None),
-                cache_block=blocks[0] if blocks and spec.kind == "vllm" else None,
-            )
+        state = prior_state(
+            spec,
+            now=now,
+            context=spec.context
+            if spec.context is not None
+            else (min(known) if spec.kind == "vllm" and known else None),
+            cache_block=blocks[0] if blocks and spec.kind == "vllm" else None,
         )
+        states.append(_with_history(context, state))
     return states
+
+
+def _with_history(context: RunContext, state: PoolState) -> PoolState:
+    """The pool with what the ledger's earlier runs taught of it.
+
+    A speed that nobody declared bounds a pool only where it refused more than that, and only before a deadline:
+    without one it would spread the lots over dearer pools to no one's use.
+    """
+    spec = state.spec
+    of_model = {model: context.known[spec.name, model] for model in spec.models if (spec.name, model) in context.known}
+    limits = [known.limit_tokens_per_second for known in of_model.values() if known.limit_tokens_per_second]
+    walled = context.deadline_at is not None and state.tokens_per_second is None and limits
+    return replace(state, of_model=of_model, tokens_per_second=max(limits) if walled else state.tokens_per_second)
 
 
 def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now: datetime) -> Decision:

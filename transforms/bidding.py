@@ -1,15 +1,15 @@
 """Every pool's bid for every lot: may it, what would it cost, at worst how much, and when would it be done.
 
 A pure function from a table of lots and the states of pools to matrices of shape (lots, pools). The score of a bid is
-money: expected bill + expected cost of failure + of lateness. A pool bids *cold*; where it also wins the lot before,
-whose prefix this one continues, it bids *warm* (see ``BidMatrix.warm_where``).
+money: the expected bill and what ``scoring`` adds to it. A pool bids *cold*; where it also wins the lot before, whose
+prefix this one continues, it bids *warm* (see ``BidMatrix.warm_where``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 
@@ -18,11 +18,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bidbeam.connectors.batch_options import read_options
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.schemas import BIDS, COST, UTC
 from bidbeam.transforms.placement import eligible
-from bidbeam.transforms.pricing import Floats, Ints, Usage, bill, bill_float, rate_of, scaled
+from bidbeam.transforms.pricing import Floats, Ints, Usage, bill, bill_float, parts_per_million, rate_of
+from bidbeam.transforms.reputation import Reputation
+from bidbeam.transforms.scoring import (
+    AUDITS_PER_EXCESS,
+    EXPLORE_DISCOUNT_PPM,
+    PPM,
+    explored,
+    lateness_ppm,
+    ppm,
+    rule_text,
+)
 
 Bools = npt.NDArray[np.bool_]
 
@@ -45,13 +56,16 @@ template adds this many to each request."""
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool as the auction sees it: what it declares, and what is known of it by now."""
+    """A pool as the auction sees it: what it declares, and what is known of it by now.
+
+    ``of_model`` is what the ledger taught of each of its models; where that is silent the pool's own fields stand in.
+    """
 
     spec: PoolSpec
     context: int | None
     """Longest prompt plus answer in tokens; None: unknown, restricts nothing."""
     cache_share: float
-    """Share of a lot's ideal cached tokens that this pool achieves, 0 to 1."""
+    """Cached tokens that this pool reports per token of a lot's ideal."""
     output_share: float
     """Expected output as a share of the most that was asked for, 0 to 1; 1 until measured."""
     tokens_per_second: float | None
@@ -64,6 +78,7 @@ class PoolState:
     """Tokens that the engine caches as a whole; None for a remote pool."""
     turnaround_s: float = 0.0
     """Seconds before the first answer can be expected: a node that has to start, a batch that has to wait its turn."""
+    of_model: Mapping[str, Reputation] = field(default_factory=dict)
 
 
 def prior_state(
@@ -71,11 +86,11 @@ def prior_state(
 ) -> PoolState:
     """A pool of which nothing has been measured.
 
-    Our own engine caches all that can be cached; a remote pool with a price for cached input half of it; any other
+    Our own engine caches all that can be cached, on a rented node too; a remote pool with a price for cached input half of it; any other
     nothing, which is also what it charges. Answers are expected as long as they may be.
     """
     sells_cache = "cached_input" in spec.price.unit_prices
-    share = 1.0 if spec.kind == "vllm" else REMOTE_CACHE_SHARE * sells_cache
+    share = 1.0 if spec.kind in ("vllm", "lease") else REMOTE_CACHE_SHARE * sells_cache
     return PoolState(
         spec=spec,
         context=spec.context if context is None else context,
@@ -130,29 +145,68 @@ class LotColumns:
     def __len__(self) -> int:
         return len(self.requests)
 
+    def of_model(self, model: str) -> Bools:
+        """Which lots are of this model, (lots,)."""
+        found: Bools = np.asarray(pc.equal(self.model, model).fill_null(False))
+        return found
+
 
 def expected_usage(lots: LotColumns, pool: PoolState, warm: Bools | None = None) -> Usage:
     """What each lot is expected to use of the pool; ``warm`` (lots,) marks those that follow the lot before on it."""
     reusable = lots.ideal_cached - lots.warm if warm is None else lots.ideal_cached - np.where(warm, 0, lots.warm)
-    cached = np.minimum(np.floor(reusable * float(pool.cache_share)).astype(np.int64), lots.input_tokens)
-    output = np.minimum(np.ceil(lots.max_output * float(pool.output_share)).astype(np.int64), lots.max_output)
-    uncached = lots.input_tokens - cached
-    return Usage(uncached, cached, output, lots.requests, _engine_milliseconds(uncached + output, pool))
+    cache_share = by_lot(lots, pool, float(pool.cache_share), lambda known: known.cache_share)
+    output_share = by_lot(lots, pool, float(pool.output_share), lambda known: known.output_share)
+    input_ = np.minimum(_counted_input(lots, pool), _worst_input(lots, pool))
+    cached = np.minimum(np.floor(reusable * cache_share).astype(np.int64), input_)
+    output = np.minimum(np.ceil(lots.max_output * output_share).astype(np.int64), lots.max_output)
+    uncached = input_ - cached
+    return Usage(uncached, cached, output, lots.requests, _engine_milliseconds(lots, uncached + output, pool))
 
 
 def worst_usage(lots: LotColumns, pool: PoolState) -> Usage:
     """The most that each lot may use: nothing cached, every answer at its full length, the pool at its slowest."""
-    tokens = np.where(
-        lots.estimated, lots.input_tokens * WORST_ESTIMATE + lots.requests * WORST_TEMPLATE_TOKENS, lots.input_tokens
-    )
-    time = _engine_milliseconds((tokens + lots.max_output) * WORST_SLOWDOWN, pool)
+    tokens = _worst_input(lots, pool)
+    time = _engine_milliseconds(lots, (tokens + lots.max_output) * WORST_SLOWDOWN, pool)
     return Usage(tokens, np.zeros_like(tokens), lots.max_output, lots.requests, time, worst=True)
 
 
-def _engine_milliseconds(tokens: Ints, pool: PoolState) -> Ints:
+def _counted_input(lots: LotColumns, pool: PoolState) -> Ints:
+    """Input tokens as the pool counts them."""
+    ratio = by_lot(lots, pool, 1.0, lambda known: known.input_ratio)
+    counted: Ints = np.ceil(lots.input_tokens * ratio).astype(np.int64)
+    return counted
+
+
+def _worst_input(lots: LotColumns, pool: PoolState) -> Ints:
+    """At worst a byte is a token where ours are estimates, and a pool counts at least as many as it was seen to."""
+    ours = np.where(
+        lots.estimated, lots.input_tokens * WORST_ESTIMATE + lots.requests * WORST_TEMPLATE_TOKENS, lots.input_tokens
+    )
+    worst: Ints = np.maximum(ours, np.where(lots.estimated, 0, _counted_input(lots, pool)))
+    return worst
+
+
+def by_lot(lots: LotColumns, pool: PoolState, otherwise: float, pick: Callable[[Reputation], float | None]) -> Floats:
+    """(lots,): what is known of the pool with each lot's model; ``otherwise`` where that is nothing."""
+    values = np.full(len(lots), otherwise)
+    for model, known in pool.of_model.items():
+        value = pick(known)
+        if value is not None:
+            values[lots.of_model(model)] = value
+    return values
+
+
+def speed_of(lots: LotColumns, pool: PoolState) -> Floats:
+    """Tokens per second, (lots,): measured, or else declared; nan where neither."""
+    return by_lot(lots, pool, pool.tokens_per_second or np.nan, lambda known: known.tokens_per_second)
+
+
+def _engine_milliseconds(lots: LotColumns, tokens: Ints, pool: PoolState) -> Ints:
     """Milliseconds of all the pool's engines together, rounded up."""
     engines = max(pool.spec.capacity.workers, 1)
-    speed = pool.tokens_per_second or engines * DEFAULT_TOKENS_PER_SECOND[pool.spec.accelerator is not None]
+    speed = np.nan_to_num(
+        speed_of(lots, pool), nan=engines * DEFAULT_TOKENS_PER_SECOND[pool.spec.accelerator is not None]
+    )
     milliseconds: Ints = np.ceil(tokens * (1000.0 * engines / speed)).astype(np.int64)
     return milliseconds
 
@@ -215,12 +269,36 @@ class BidMatrix:
         return worst_usage(self.lots, self.pools[pool]).milliseconds / 1000.0
 
     def risk_cost(self, pool: int, expected: pa.Array) -> pa.Array:
-        """Expected cost of failures (COST): what a lot costs again, times the pool's failure rate."""
-        return scaled(expected, _failure_rate(self.pools[pool]))
+        """Expected cost of failures (COST): what a lot costs again, with what its failed attempts are charged."""
+        return parts_per_million(expected, _risk_ppm(self.lots, self.pools[pool]))
+
+    def lateness_cost(self, pool: int, expected: pa.Array) -> pa.Array:
+        """What it is worth (COST) that the lot may not be done before the deadline."""
+        return parts_per_million(expected, self._lateness_ppm(pool))
+
+    def audit_cost(self, pool: int, expected: pa.Array) -> pa.Array:
+        """What it costs (COST) to check the answers of a pool whose reports are in doubt."""
+        return parts_per_million(expected, _audit_ppm(self.lots, self.pools[pool]))
+
+    def exploration_credit(self, pool: int, expected: pa.Array) -> pa.Array:
+        """How much lower (COST) a newcomer's bid is scored where it may show what it can."""
+        return parts_per_million(expected, _explore_ppm(self.lots, self.pools, pool))
 
     def score_of(self, pool: int, expected: pa.Array) -> pa.Array:
-        """The exact score (COST) of bids with these expected costs."""
-        return pc.add(expected.cast(_SUMMAND), self.risk_cost(pool, expected).cast(_SUMMAND))
+        """The exact score (COST) of bids with these expected costs: the sum of the published terms."""
+        score = expected
+        for term in (self.risk_cost, self.lateness_cost, self.audit_cost):
+            score = pc.add(score.cast(_SUMMAND), term(pool, expected).cast(_SUMMAND))
+        credit = self.exploration_credit(pool, expected)
+        return pc.subtract(score.cast(_SUMMAND), credit.cast(_SUMMAND))
+
+    @property
+    def rule(self) -> str:
+        """The scoring rule's parameters, as they are published with the auction."""
+        return rule_text()
+
+    def _lateness_ppm(self, pool: int) -> Ints:
+        return _lateness_ppm(self.lots, self.pools[pool], self.now, self.deadline, self.seconds[:, pool])
 
     def warm_where(self, awarded: Ints) -> Bools:
         """Which bids are warm, (lots, pools): the pool has been awarded the lot before. ``awarded`` is -1 for none."""
@@ -251,8 +329,6 @@ class BidMatrix:
         known = pa.array(self.eligible[:, pool])
         usage = expected_usage(self.lots, state, None if warm is None else warm[:, pool])
         expected = self._bill(pool, usage)
-        risk = self.risk_cost(pool, expected)
-        lateness = pa.repeat(pa.scalar(Decimal(0), COST), n)
         finish = finish_times(state, self.now, self.seconds[:, pool])
 
         def label(value: str) -> pa.Array:
@@ -273,11 +349,13 @@ class BidMatrix:
                 offered(pa.array(usage.output)),
                 offered(expected),
                 offered(self.worst_case_cost(pool)),
-                offered(risk),
-                offered(lateness),
+                offered(self.risk_cost(pool, expected)),
+                offered(self.lateness_cost(pool, expected)),
                 offered(finish),
                 offered(self.score_of(pool, expected)),
                 label(state.spec.price.price_id),
+                offered(self.audit_cost(pool, expected)),
+                offered(self.exploration_credit(pool, expected)),
             ],
             schema=BIDS,
         )
@@ -289,10 +367,41 @@ class BidMatrix:
         return bill(usage, self.pools[pool].spec.price, rate)
 
 
-def _failure_rate(pool: PoolState) -> Decimal:
-    """Mean of a Beta(0, 1) prior updated with what happened: 0 until something failed."""
-    rate = Decimal(pool.failures) / Decimal(pool.successes + pool.failures + 1)
-    return rate.quantize(Decimal("1e-6"))
+def _ppm_by_lot(lots: LotColumns, pool: PoolState, otherwise: int, pick: Callable[[Reputation], float]) -> Ints:
+    return by_lot(lots, pool, otherwise, lambda known: ppm(pick(known))).astype(np.int64)
+
+
+def _risk_ppm(lots: LotColumns, pool: PoolState) -> Ints:
+    """Without a ledger's word: the mean of a Beta(0, 1) prior updated with what happened, 0 until something failed."""
+    rate = pool.failures / (pool.successes + pool.failures + 1)
+    return _ppm_by_lot(lots, pool, ppm(rate), lambda known: known.failure_rate * (1 + known.failed_cost))
+
+
+def _audit_ppm(lots: LotColumns, pool: PoolState) -> Ints:
+    return _ppm_by_lot(lots, pool, 0, lambda known: min(AUDITS_PER_EXCESS * known.excess, 1.0))
+
+
+def _lateness_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: datetime | None, seconds: Floats) -> Ints:
+    if deadline is None:
+        return np.zeros(len(lots), dtype=np.int64)
+    wait = (max(pool.available_from, now) - now).total_seconds()
+    # However fast a pool is in all, a lot is not done before its requests are.
+    latency = by_lot(lots, pool, 0.0, lambda known: known.latency_p95_s)
+    spread = by_lot(lots, pool, 0.0, lambda known: known.spread)
+    duration = np.maximum(np.nan_to_num(seconds, nan=0.0), latency)
+    left = (deadline - now).total_seconds() - wait
+    return lateness_ppm(duration, spread, pool.turnaround_s, left)
+
+
+def _explore_ppm(lots: LotColumns, pools: Sequence[PoolState], at: int) -> Ints:
+    """A newcomer's discount on its share of the lots of each model that better-known pools serve too."""
+    credit = np.zeros(len(lots), dtype=np.int64)
+    for model, known in pools[at].of_model.items():
+        if known.newcomer:
+            new = [place for place, pool in enumerate(pools) if (k := pool.of_model.get(model)) and k.newcomer]
+            mine = explored(np.flatnonzero(lots.of_model(model)), len(new))[new.index(at)]
+            credit[mine] = EXPLORE_DISCOUNT_PPM
+    return credit
 
 
 def finish_times(pool: PoolState, now: datetime, seconds: Floats) -> pa.Array:
@@ -331,16 +440,23 @@ def make_bids(
         known_rates.append(rate)
         cold, warm = expected_usage(columns, pool), expected_usage(columns, pool, everything_warm)
         wait, late = (max(pool.available_from, now) - now).total_seconds(), np.inf
-        if pool.tokens_per_second:
-            seconds[:, at] = (cold.uncached + cold.output) / pool.tokens_per_second
+        with np.errstate(divide="ignore", invalid="ignore"):
+            seconds[:, at] = (cold.uncached + cold.output) / speed_of(columns, pool)
         if deadline is not None:
             late = (deadline - now).total_seconds()
-        finish = wait + pool.turnaround_s + np.nan_to_num(seconds[:, at], nan=0.0)
-        reasons = _reject_reasons(columns, pool, rate, finish=finish, late=late)
+        # A speed that nobody declared and no refusal confirmed may make a bid dear, but keeps no pool from bidding.
+        walled = np.nan_to_num(seconds[:, at], nan=0.0) if pool.tokens_per_second else np.zeros(len(columns))
+        reasons = _reject_reasons(columns, pool, rate, finish=wait + pool.turnaround_s + walled, late=late)
         reject.append(reasons)
         may[:, at] = np.asarray(pc.is_null(reasons))
         if rate is not None:
-            weight = 1 + float(_failure_rate(pool))
+            added = (
+                _risk_ppm(columns, pool)
+                + _lateness_ppm(columns, pool, now, deadline, seconds[:, at])
+                + _audit_ppm(columns, pool)
+                - _explore_ppm(columns, pools, at)
+            )
+            weight = 1 + added / PPM
             cost = bill_float(cold, pool.spec.price, rate) * weight
             score[:, at] = np.where(may[:, at], cost, np.inf)
             saving[:, at] = np.maximum(cost - bill_float(warm, pool.spec.price, rate) * weight, 0.0)

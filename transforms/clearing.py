@@ -128,6 +128,7 @@ class Clearing:
             "regret": self.regret,
             "awarded": int(np.count_nonzero(self.pool_of >= 0)),
             "cleared_at": self.bids.now,
+            "rule": self.bids.rule,
         }
         return pa.Table.from_pylist([row], schema=AUCTIONS)
 

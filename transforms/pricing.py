@@ -22,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _FACTOR = pa.decimal128(17, 3)
+_MILLIONTHS = pa.decimal128(18, 6)
 _SUMMAND = pa.decimal128(37, 18)
 
 
@@ -112,6 +113,15 @@ def scaled(cost: pa.Array, rate: Decimal, rounding: Literal["half_to_even", "up"
     """decimal128(38,18) x a rate of at most 18 places, rounded once at 18 places."""
     exact = pc.multiply(cost.cast(pa.decimal256(38, 18)), pa.scalar(rate, pa.decimal256(37, 18)))
     return pc.round(exact, ndigits=18, round_mode=rounding).cast(COST)
+
+
+def parts_per_million(cost: pa.Array, ppm: Ints) -> pa.Array:
+    """decimal128(38,18) x so many millionths (none negative), element by element, rounded half-even at 18 places."""
+    raw = np.zeros((len(ppm), 2), dtype=np.int64)
+    raw[:, 0] = ppm
+    millionths = pa.Array.from_buffers(_MILLIONTHS, len(ppm), [None, pa.py_buffer(raw)]).cast(pa.decimal256(18, 6))
+    exact = pc.multiply(cost.cast(pa.decimal256(38, 18)), millionths)
+    return pc.round(exact, ndigits=18, round_mode="half_to_even").cast(COST)
 
 
 def rate_of(currency: str, rates: Mapping[str, Decimal]) -> Decimal | None:

@@ -15,6 +15,7 @@ from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.rendering import RenderSpec
+from bidbeam.transforms.reputation import Reputation
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class RunContext:
     """The job's tags as canonical JSON text."""
     baseline: Baseline | None = None
     fx: Mapping[str, FxQuote] = field(default_factory=dict)
-    known: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    known: Mapping[tuple[str, str], Reputation] = field(default_factory=dict)
     """What the ledger's earlier runs taught of each (pool, model): see ``transforms.reputation``."""
     samples: bool = False
     """Whether a request may ask for several samples, so that outputs have the column."""

@@ -1,13 +1,12 @@
-"""``bidbeam ledger``: the ledger's views in SQL."""
+"""``bidbeam ledger``: its views in SQL."""
 
 from __future__ import annotations
 
-import csv
-import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from bidbeam.pipelines.answers import FORMATS, answer_text
 from bidbeam.pipelines.commands.invocation import (
     JsonOption,
     LedgerArgument,
@@ -16,16 +15,15 @@ from bidbeam.pipelines.commands.invocation import (
     refuse_beam_options,
 )
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 app = typer.Typer(help="Query a ledger.", no_args_is_help=True, rich_markup_mode=None)
-FORMATS = ("table", "csv", "json")
 
 
 @app.callback()
 def _ledger() -> None:
     """Query a ledger."""
+
+
+RehearsalsOption = Annotated[bool, typer.Option("--rehearsals", help="The rehearsals' ledger instead.")]
 
 
 @app.command("query")
@@ -36,7 +34,7 @@ def query(
         str, typer.Argument(metavar="SQL", help="Read-only SQL over the ledger's views.", show_default=False)
     ],
     format_: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS))] = "table",
-    rehearsals: Annotated[bool, typer.Option("--rehearsals", help="The rehearsals' ledger instead.")] = False,
+    rehearsals: RehearsalsOption = False,
     storage: StorageOption = None,
     json: JsonOption = False,
 ) -> int:
@@ -58,44 +56,25 @@ def query(
 
     table = query_ledger(ledger, sql, rehearsals=rehearsals, storage=options)
     if json:
-        _print_json(table, as_object=True)
-    elif format_ == "json":
-        _print_json(table, as_object=False)
-    elif format_ == "csv":
-        _print_csv(table)
+        from bidbeam.pipelines.jsonable import to_json
+
+        print(to_json({"columns": table.column_names, "rows": table.to_pylist()}))
     else:
-        _print_table(table)
+        print(answer_text(table, format_))
     return 0
 
 
-def _print_json(table: pa.Table, *, as_object: bool) -> None:
-    """An array of row objects; as one object, it stands in ``rows`` beside the ``columns``."""
-    from bidbeam.pipelines.jsonable import to_json
+@app.command("shell")
+def shell(
+    context: typer.Context,
+    ledger: LedgerArgument,
+    rehearsals: RehearsalsOption = False,
+    storage: StorageOption = None,
+) -> int:
+    """Ask a ledger in SQL at a prompt, or statement by statement from a pipe."""
+    refuse_beam_options(context)
+    options = read_storage(storage)
 
-    rows = table.to_pylist()
-    print(to_json({"columns": table.column_names, "rows": rows} if as_object else rows))
+    from bidbeam.pipelines.shell import run_shell
 
-
-def _print_csv(table: pa.Table) -> None:
-    from bidbeam.pipelines.show import cell_text
-
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(table.column_names)
-    for batch in table.to_batches():
-        columns = [[cell_text(value) for value in column.to_pylist()] for column in batch.columns]
-        writer.writerows(zip(*columns, strict=True))
-
-
-def _print_table(table: pa.Table) -> None:
-    import pyarrow as pa
-
-    from bidbeam.pipelines.show import cell_text, table_text
-
-    numeric = [
-        place
-        for place, field in enumerate(table.schema)
-        if pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
-    ]
-    columns = [[cell_text(value, "NULL") for value in column.to_pylist()] for column in table.columns]
-    print(table_text(table.column_names, list(zip(*columns, strict=True)), right=numeric))
-    print(f"({table.num_rows:,} row{'' if table.num_rows == 1 else 's'})")
+    return run_shell(ledger, rehearsals=rehearsals, storage=options)

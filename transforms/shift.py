@@ -48,7 +48,7 @@ from bidbeam.transforms.spilling import SpillRef
 _SEGMENT_ROWS = 65_536
 _SEGMENT_S = 0.5
 _REMOTE_SEGMENT_S = 2.0
-"""Seconds after which what was answered is written down, on a local disk and on an object store: a crash asks it again."""
+"""Seconds after which what was answered is written down, locally and on an object store: a crash asks it again."""
 _TICK_S = 0.25
 _WRITES_AHEAD = 2
 _GRACE_S = 10.0

@@ -299,7 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         double = self.server.double
-        if self.path == "/v1/models":
+        if self.path == "/health":
+            self._send(Reply(body=b""))
+        elif self.path == "/v1/models":
             data = [{"id": model, "object": "model", "owned_by": "double"} for model in double.models]
             self._send(Reply(body=_json({"object": "list", "data": data})))
         else:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.batch_options import read_options
 from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.lease_terms import LeaseTerms
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.schemas import BIDS, COST, UTC
 from bidbeam.transforms.placement import eligible
@@ -86,8 +87,8 @@ def prior_state(
 ) -> PoolState:
     """A pool of which nothing has been measured.
 
-    Our own engine caches all that can be cached, on a rented node too; a remote pool with a price for cached input half of it; any other
-    nothing, which is also what it charges. Answers are expected as long as they may be.
+    Our own engine caches all that can be cached, on a rented node too; a remote pool with a price for cached input half
+    of it; any other nothing, which is also what it charges. Answers are expected as long as they may be.
     """
     sells_cache = "cached_input" in spec.price.unit_prices
     share = 1.0 if spec.kind in ("vllm", "lease") else REMOTE_CACHE_SHARE * sells_cache
@@ -99,7 +100,13 @@ def prior_state(
         tokens_per_second=spec.capacity.tokens_per_second,
         available_from=now,
         cache_block=cache_block,
+        turnaround_s=_turnaround_s(spec),
     )
+
+
+def _turnaround_s(spec: PoolSpec) -> float:
+    """What the pool declares: how long a node takes to come up."""
+    return LeaseTerms.of(spec).turnaround_s if spec.kind == "lease" else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from bidbeam.connectors import registry
 from bidbeam.connectors.engine import Engine
@@ -14,6 +14,9 @@ from bidbeam.connectors.pools import PoolSpec
 from bidbeam.transforms import stopping
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.run_context import RunContext
+
+if TYPE_CHECKING:
+    from bidbeam.connectors.lease_engine import LeaseEngine
 
 LOAD_TIMEOUT_S = 3600.0
 """Seconds that an engine may take to load: large models on cold disks do take most of an hour."""
@@ -38,6 +41,8 @@ class Slot:
         self.engine = engine
         self._setup = setup
         self._meter: AcceleratorMeter | None = None
+        self.retire: Callable[[], None] | None = None
+        """Gives back what was rented for this engine; None where nothing was."""
 
     @property
     def dead(self) -> bool:
@@ -68,8 +73,43 @@ class Slot:
         self.wait()
         return cast(AcceleratorMeter, self._meter)
 
+    def booked(self) -> None:
+        """The journal has all of its time so far."""
+
     def close(self) -> None:
         self.engine.close()
+
+
+class LeaseSlot(Slot):
+    """The slot of a rented node. Nobody but its own lane waits for it, and its time runs from asking to giving back."""
+
+    def __init__(self, engine: LeaseEngine) -> None:
+        super().__init__(engine)
+        self._lease = engine
+        self.retire = engine.close
+
+    def loaded(self, timeout_s: float = 0.0) -> bool:
+        """Raises PoolDown where the node never serves."""
+        if self._meter is None:
+            if not self._lease.serving(timeout_s):
+                return False
+            self.meter()
+        return True
+
+    def wait(self) -> None:
+        """Waits for nothing: other pools serve while the node comes up."""
+
+    def meter(self) -> AcceleratorMeter:
+        """All that was rented before the first call is setup."""
+        if self._meter is None:
+            asked = self._lease.asked_ms
+            now = 0 if asked is None else self._lease.clock_ms()
+            clock = self._lease.clock_ms if asked is not None else lambda: 0
+            self._meter = AcceleratorMeter(clock, now, setup_ms=0 if asked is None else now - asked)
+        return self._meter
+
+    def booked(self) -> None:
+        self._lease.booked()
 
 
 def slot_for(context: RunContext, spec: PoolSpec, model: str, replica: int = 0) -> Slot:
@@ -118,6 +158,13 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
                 seed=context.seed,
                 booked=lambda intent: booked_rows(context, intent),
             )
+        )
+    if spec.kind == "lease":
+        from bidbeam.connectors.lease_engine import LeaseEngine
+        from bidbeam.connectors.leases import LeaseBook
+
+        return LeaseSlot(
+            LeaseEngine(spec, model, LeaseBook(context.journal), run_id=context.run_id, start=context.start)
         )
     from bidbeam.connectors.profiles import profile
 

@@ -55,6 +55,8 @@ class Lane:
     round: int
     loaded: Callable[[], bool] = lambda: True
     """Whether the engine has loaded; nothing is sent before. Raises ModelError where it never will."""
+    retire: Callable[[], None] | None = None
+    """Gives back what was rented for this lane, before its books are closed: its time counts, used or not."""
     reserved_ms: int | None = None
     """The most milliseconds that this round may use of the accelerator; None: no bound."""
     queue: deque[Lot] = field(default_factory=deque)
@@ -225,13 +227,16 @@ class Lane:
         ``final`` closes the books: time that no attempt bears is booked as overhead, and what is outstanding at a dead
         pool as failed where the pool is paid by time, which its seconds cover, else as lost.
         """
+        if final and self.retire is not None:
+            self.retire()
         now = now or datetime.now(UTC)
         metered = self.meter is not None and self.terms.price.by_time
         if final and self.down and self._outstanding and metered:
             self._results.append(self._died(now))
         rows: list[pa.RecordBatch] = []
         busy = idle = 0
-        if metered and self.meter is not None and self.submitted and (self._results or final):
+        counts = self.submitted or self.retire is not None
+        if metered and self.meter is not None and counts and (self._results or final):
             meter = self.meter()
             if self.engine_in_flight == 0:
                 meter.idle()
@@ -282,12 +287,19 @@ class Lane:
         for name in ("input_tokens", "cached_tokens", "output_tokens"):
             setattr(self, name, getattr(self, name) + int(pc.sum(rows.column(name)).as_py() or 0))
 
+    def _has_loaded(self) -> bool:
+        """Whether the engine has loaded; where it never will, ``fill`` finds out."""
+        try:
+            return self.loaded()
+        except (ModelError, PoolDown):
+            return False
+
     def over_reserve(self, margin_s: float) -> bool:
         """Whether the accelerator has run as long as this round reserved, or will have within ``margin_s`` seconds.
 
         All that is paid for counts: loading and idling too.
         """
-        if self.reserved_ms is None or self.meter is None or not self.loaded():
+        if self.reserved_ms is None or self.meter is None or not self._has_loaded():
             return False
         open_ms = clock_ms() - self._closed_ms if self.engine_in_flight else 0
         return self.used_ms + self.meter().setup_ms + open_ms + margin_s * 1000 >= self.reserved_ms

@@ -170,6 +170,8 @@ class Shift:
                     self._wake.wait(_TICK_S)
                     self._wake.clear()
             yield from self._flush(final=True)
+            for slot in self._slots.values():
+                slot.booked()
             beat()
         if self._dispatches:
             dispatch.close(self._context.journal, self._context.scratch_name, self._task.prefix)
@@ -244,6 +246,7 @@ class Shift:
                 overhead_id=lambda number: hashlib.sha256(f"{digest}|{self._flushes}|{number}".encode()).digest()[:16],
                 round=self._task.round,
                 loaded=slot.loaded,
+                retire=slot.retire,
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]

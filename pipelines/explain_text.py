@@ -82,7 +82,10 @@ def _why(it: Clearing) -> str:
     return f"{it.winner} won: its score is {_money(it.margin)} lower than that of {it.runner_up}, the runner-up"
 
 
-_BID_HEAD = ("", "pool", "score", "= expected", "+ risk", "+ lateness", "worst case", "cached", "output", "finishes")
+_BID_HEAD = (
+    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "- exploration", "worst case", "cached",
+    "output", "finishes",
+)  # fmt: skip
 
 
 def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
@@ -90,6 +93,8 @@ def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
         {clearing.winner: "*", clearing.runner_up: "2"}.get(bid.pool, ""),
         bid.pool,
         *(_amount(value) for value in (bid.score, bid.expected_cost, bid.risk_cost, bid.lateness_cost)),
+        # An older ledger has no such terms: their columns are then left out.
+        *("" if value is None else _amount(value) for value in (bid.audit_cost, bid.exploration_credit)),
         _amount(bid.worst_case_cost),
         _amount(bid.expected_cached_tokens),
         _amount(bid.expected_output_tokens),
@@ -106,7 +111,7 @@ def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
     if it.request_id != request_id:
         yield f"  made for {it.request_id}"
     error = [it.error_class, None if it.http_status is None else f"HTTP {it.http_status}", it.error_message]
-    if any(part is not None for part in error):
+    if it.status != "ok" and any(part is not None for part in error):
         yield f"  error: {', '.join(part for part in error if part is not None)}"
     yield (
         f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, "

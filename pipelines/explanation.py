@@ -12,7 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Bid:
-    """One pool's offer for the lot. ``score`` = expected + risk + lateness cost, all USD; the lowest is the best."""
+    """One pool's offer for the lot. All USD; the lowest ``score`` is the best.
+
+    ``score`` = expected + risk + lateness + audit cost - exploration credit. ``audit_cost`` and ``exploration_credit``
+    are None in ledgers from before they were scored.
+    """
 
     pool: str
     eligible: bool
@@ -26,6 +30,8 @@ class Bid:
     worst_case_cost: Decimal | None
     finish_at: datetime | None
     price_id: str | None
+    audit_cost: Decimal | None = None
+    exploration_credit: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)

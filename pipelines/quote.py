@@ -12,15 +12,16 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bidbeam.connectors.inputs import plan_input
 from bidbeam.connectors.money import sum_decimal
-from bidbeam.connectors.pools import METERS, PoolSpec
 from bidbeam.connectors.store import Store
-from bidbeam.pipelines.begin import make_context, model_facts, prepare_models, render_spec
+from bidbeam.pipelines.begin import make_context, model_facts, places, prepare_models, render_spec
 from bidbeam.pipelines.job import Job, check_fx
-from bidbeam.pipelines.summary import Quote, QuotePool
+from bidbeam.pipelines.known import known_pools
+from bidbeam.pipelines.offers import expected_bill, offers, worst_bill
+from bidbeam.pipelines.resolving import resolve
+from bidbeam.pipelines.summary import Quote
 from bidbeam.transforms.rendering import check_columns
 from bidbeam.transforms.run_context import RunContext
 
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from bidbeam.transforms.decisions import Decision
 
 
-def quote_job(job: Job, *, now: datetime | None = None) -> Quote:
-    """What the run would buy, from whom, for how much and by when. Raises UsageError as the run itself would."""
+def quote_job(job: Job, *, rehearse: bool = False, now: datetime | None = None) -> Quote:
+    """What the run would buy, from whom, for how much and by when; ``rehearse``: what its rehearsal would.
+
+    Rests on what the ledger's earlier runs showed of the pools. Raises UsageError as the run itself would.
+    """
     started_at = now or datetime.now(UTC)
     check_fx(job, started_at)
     with tempfile.TemporaryDirectory(prefix="bidbeam-quote-") as scratch, ThreadPoolExecutor(4) as workers:
@@ -43,6 +47,7 @@ def quote_job(job: Job, *, now: datetime | None = None) -> Quote:
             job, plan, spec, facts, Store.at(scratch), Store.at(f"{scratch}/ledger"), started_at,
             rehearse=True, manifest=None,
         )  # fmt: skip
+        context = replace(context, known=known_pools(job, places(job, rehearse=rehearse)[1], started_at))
         counts, decision = _plan(replace(context, rounds=1), plan)
         return _quote(job, context, counts, decision)
 
@@ -127,7 +132,10 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         return Quote(expected_cost=Decimal(0), worst_case_cost=Decimal(0), **common)
     awards, bids, lots = decision.tables["awards"], decision.tables["bids"], decision.tables["lots"]
     auction = decision.tables["auctions"].to_pylist()[0]
-    pools = tuple(_pool(pool, awards, bids, lots) for pool in context.pools)
+    bill = expected_bill(context, decision)
+    pools = tuple(
+        replace(offer, expected_cost=bill.get(offer.pool, Decimal(0))) for offer in offers(context, decision)
+    )
     finishes = [pool.finish_s for pool in pools if pool.lots]
     unserved: Counter[str] = Counter()
     for table in (decision.waiting, decision.refused):
@@ -136,8 +144,9 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         ):
             unserved[reason] += requests
     return Quote(
-        expected_cost=sum_decimal(awards.column("price_paid")),
-        worst_case_cost=sum_decimal(awards.column("reserved")),
+        expected_cost=sum(bill.values(), Decimal(0)),
+        worst_case_cost=worst_bill(context, decision, job.auction.rounds),
+        reserved_cost=sum_decimal(awards.column("reserved")),
         pools=pools,
         lots=lots.num_rows,
         unserved=dict(unserved),
@@ -156,58 +165,6 @@ def _latest(context: RunContext, finishes: Sequence[float | None]) -> datetime |
     return context.started_at + timedelta(seconds=max(known))
 
 
-def _pool(spec: PoolSpec, awards: pa.Table, bids: pa.Table, lots: pa.Table) -> QuotePool:
-    mine = awards.filter(pc.equal(awards.column("pool").cast(pa.string()), spec.name))
-    offered = bids.filter(pc.equal(bids.column("pool").cast(pa.string()), spec.name))
-    requests = pc.sum(
-        lots.column("requests").filter(
-            pc.is_in(lots.column("lot_id"), value_set=mine.column("lot_id").combine_chunks())
-        )
-    ).as_py()
-    return QuotePool(
-        pool=spec.name,
-        price=price_text(spec),
-        lots=mine.num_rows,
-        requests=requests or 0,
-        expected_cost=sum_decimal(mine.column("price_paid")),
-        worst_case_cost=sum_decimal(mine.column("reserved")),
-        finish_s=_finish_s(spec, mine, lots, offered),
-        why_not=None if mine.num_rows else _why_not(offered, awards),
-    )
-
-
-def _finish_s(spec: PoolSpec, mine: pa.Table, lots: pa.Table, offered: pa.Table) -> float | None:
-    speed = spec.capacity.tokens_per_second
-    if not speed or not mine.num_rows:
-        return None
-    won = mine.column("lot_id").combine_chunks()
-    here = lots.filter(pc.is_in(lots.column("lot_id"), value_set=won))
-    bid = offered.filter(pc.is_in(offered.column("lot_id"), value_set=won))
-    tokens = pc.sum(here.column("input_tokens")).as_py() - (pc.sum(bid.column("expected_cached_tokens")).as_py() or 0)
-    return float((tokens + (pc.sum(bid.column("expected_output_tokens")).as_py() or 0)) / speed)
-
-
-def _why_not(offered: pa.Table, awards: pa.Table) -> str:
-    reasons = [reason for reason in offered.column("reject_reason").cast(pa.string()).to_pylist() if reason]
-    if reasons:
-        reason, count = Counter(reasons).most_common(1)[0]
-        return f"{reason} ({count} of {offered.num_rows} lots)" if count < offered.num_rows else reason
-    return "others bid less" if awards.num_rows else "no lot was awarded"
-
-
-def price_text(spec: PoolSpec) -> str:
-    """A pool's price as people read it."""
-    prices = spec.price.unit_prices
-    currency = spec.price.currency
-    if spec.price.by_time:
-        return f"{(prices['accelerator_second'] * 3600).quantize(Decimal('0.0001')).normalize():f} {currency} per hour"
-    named = {"uncached_input": "input", "cached_input": "cached", "output": "output"}
-    meters = [meter for meter in METERS if meter in named and meter in prices]
-    million = " / ".join(f"{(prices[meter] * 1_000_000).normalize():f}" for meter in meters)
-    text = f"{million} {currency} per 1M {' / '.join(named[meter] for meter in meters)} tokens"
-    return text + (f" + {prices['request'].normalize():f} a request" if "request" in prices else "")
-
-
 def _baseline(context: RunContext, lots: pa.Table, bids: pa.Table, awards: pa.Table) -> Decimal | None:
     """The baseline's bill for what the awards are expected to use."""
     if context.baseline is None or not awards.num_rows:
@@ -215,7 +172,10 @@ def _baseline(context: RunContext, lots: pa.Table, bids: pa.Table, awards: pa.Ta
     pairs = set(
         zip(awards.column("lot_id").to_pylist(), awards.column("pool").cast(pa.string()).to_pylist(), strict=True)
     )
-    inputs = dict(zip(lots.column("lot_id").to_pylist(), lots.column("input_tokens").to_pylist(), strict=True))
+    lot_ids = lots.column("lot_id").to_pylist()
+    inputs = dict(zip(lot_ids, lots.column("input_tokens").to_pylist(), strict=True))
+    models = dict(zip(lot_ids, lots.column("model").cast(pa.string()).to_pylist(), strict=True))
+    requests = dict(zip(lot_ids, lots.column("requests").to_pylist(), strict=True))
     total = Decimal(0)
     columns = ("lot_id", "pool", "expected_cached_tokens", "expected_output_tokens")
     for lot, pool, cached, output in zip(

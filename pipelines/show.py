@@ -61,7 +61,7 @@ def _saved(cost: Decimal, baseline: Decimal | None) -> str:
 
 
 def quote_text(quote: Quote) -> str:
-    """A quote: a row per pool, then the totals against budget, deadline and baseline."""
+    """A quote: the market, a row per pool, what earlier runs showed of them, then the totals against the terms."""
     about = " (estimates: a model's tokenizer is not known)" if quote.estimated else ""
     rows = [("prompts", f"{quote.requests:,}" + (f", {quote.dead_invalid:,} invalid" if quote.dead_invalid else ""))]
     share = (
@@ -73,6 +73,8 @@ def quote_text(quote: Quote) -> str:
     if quote.unserved:
         rows.append(("unserved", counts(quote.unserved)))
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
+    if quote.reserved_cost is not None:
+        rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
     rows.append(("worst case", usd(quote.worst_case_cost) + _against_budget(quote)))
     if quote.lp_bound is not None:
         regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
@@ -82,11 +84,13 @@ def quote_text(quote: Quote) -> str:
     elif quote.deadline_at is not None:
         rows.append(("deadline", f"{quote.deadline_at:%Y-%m-%d %H:%M:%S %Z}"))
     rows.append(("run", quote.run_id))
-    heads = ("pool", "price", "lots", "requests", "expected", "worst case", "finish", "why not")
+    heads = ("pool", "price", "capacity", "asks", "lots", "requests", "expected", "reserved", "finish", "why not")
     body = [
         (
             each.pool,
             each.price,
+            each.capacity,
+            "" if each.asks is None else usd(each.asks) + _of_lots(each.asks_lots, quote.lots),
             f"{each.lots:,}",
             f"{each.requests:,}",
             usd(each.expected_cost),
@@ -96,7 +100,35 @@ def quote_text(quote: Quote) -> str:
         )
         for each in quote.pools
     ]
-    return table_text(heads, body, right=range(2, 7)) + "\n\n" + aligned(rows)
+    parts = [table_text(heads, body, right=range(3, 9)), aligned(rows)]
+    if any(each.answers for each in quote.pools):
+        parts.insert(1, _seen_text(quote))
+    return "\n\n".join(parts)
+
+
+def _of_lots(some: int, all_: int) -> str:
+    return "" if some == all_ else f" for {some:,} of {all_:,} lots"
+
+
+def _seen_text(quote: Quote) -> str:
+    """What the ledger's earlier runs showed of the pools; what they did not is empty."""
+    heads = ("earlier runs", "answers", "failed", "up", "cached", "output", "longest", "latency p95", "over-reported")
+    body = [
+        (
+            each.pool + (" (newcomer)" if each.newcomer else ""),
+            f"{each.answers:,}",
+            *map(_percent, (each.failure_rate, each.uptime, each.cache_share, each.output_share)),
+            _percent(each.output_share_p95),
+            "" if each.latency_p95_s is None else duration_text(each.latency_p95_s),
+            _percent(each.excess),
+        )
+        for each in quote.pools
+    ]
+    return table_text(heads, body, right=range(1, 9))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
 
 
 def _against_budget(quote: Quote) -> str:

@@ -51,7 +51,11 @@ class RunSummary:
 
 @dataclass(frozen=True, slots=True)
 class QuotePool:
-    """What one pool would do. ``why_not`` says why it was awarded nothing; costs are USD."""
+    """What one pool would do, and what it asks. ``why_not`` says why it was awarded nothing; costs are USD.
+
+    ``expected_cost`` is what its awards come to in the end, second tries included; ``worst_case_cost`` is what they
+    reserve. Below ``why_not`` stands what the ledger's earlier runs showed; None: nothing.
+    """
 
     pool: str
     price: str
@@ -62,6 +66,25 @@ class QuotePool:
     worst_case_cost: Decimal
     finish_s: float | None = None
     why_not: str | None = None
+    capacity: str = ""
+    """What it takes at once and how fast it is, as people read it."""
+    asks: Decimal | None = None
+    asks_lots: int = 0
+    """Its expected bill for all lots that it may serve, and how many they are; None where it may serve none."""
+    answers: int = 0
+    """Answers of earlier runs that its reputation rests on."""
+    failure_rate: float | None = None
+    uptime: float | None = None
+    latency_p95_s: float | None = None
+    tokens_per_second: float | None = None
+    cache_share: float | None = None
+    """Cached tokens that it reported per token of the ideal."""
+    output_share: float | None = None
+    output_share_p95: float | None = None
+    """Output per token of ``max_tokens``: the mean, and what 95 % of the answers stay below."""
+    excess: float | None = None
+    """How much more it reports than we count, beyond what is tolerated."""
+    newcomer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +100,13 @@ class Quote:
     dead_invalid: int
     """Rows that would end as dead letters before any pool is asked."""
     expected_cost: Decimal
+    """What the run will cost, by what the ledger's earlier runs showed of its pools and its answers."""
     worst_case_cost: Decimal
+    """What it cannot cost more than, whatever fails in whichever round. Only a budget bounds engines paid by time."""
     pools: tuple[QuotePool, ...] = ()
     lots: int = 0
+    reserved_cost: Decimal | None = None
+    """What the awards reserve: every request answered once, nothing cached, every answer at its full length."""
     unserved: Mapping[str, int] = field(default_factory=dict)
     """Requests that no pool would take, by reason."""
     lp_bound: Decimal | None = None

@@ -259,7 +259,7 @@ def test_quote_shows_pools_budget_and_baseline(cli: Cli, job: str, monkeypatch: 
         budget=Decimal(1),
         baseline_cost=Decimal(1),
     )
-    stub(monkeypatch, "bidbeam.pipelines.quote", quote_job=lambda _job: quote)
+    stub(monkeypatch, "bidbeam.pipelines.quote", quote_job=lambda _job, **_: quote)
     code, out, _ = cli("quote", job)
     assert code == 0
     for text in (

@@ -42,7 +42,10 @@ def test_a_quote_is_what_the_prices_say(tmp_path: Path) -> None:
     per_token = Decimal("1E-6")
     assert quote.expected_cost == (110 * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
     # At worst every byte is a token, and the template adds 64 to each request.
-    assert quote.worst_case_cost == ((110 * 4 + 640) * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
+    assert quote.reserved_cost == ((110 * 4 + 640) * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
+    # All of that may fail, at that price, and be bought again in the second round from the dearer pool.
+    again = ((110 * 4 + 640) * 1 + 80 * 2) * per_token
+    assert quote.worst_case_cost == quote.reserved_cost + again
     assert quote.baseline_cost == (110 * 1 + 80 * 2) * per_token
     assert [(pool.pool, pool.lots, pool.requests) for pool in quote.pools] == [("near", 1, 10), ("far", 0, 0)]
     assert quote.pools[1].why_not == "others bid less"

@@ -217,7 +217,7 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
                     replica=replica,
                     lots=offered.take(pa.array(part)),
                     terms={model: terms[name, model] for model in spec.models},
-                    reserved_ms=round(((seconds or 0.0) / engines + _held_s(round_)) * 1000) if walled else None,
+                    reserved_ms=round(((seconds or 0.0) / engines + held_s(round_)) * 1000) if walled else None,
                 )
             )
     by_time = [state.spec.price.by_time for state in cleared.bids.pools]
@@ -241,7 +241,7 @@ def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[in
     return [part for part in cut if part]
 
 
-def _held_s(round_: int) -> float:
+def held_s(round_: int) -> float:
     """Seconds of each engine that a budget holds back in a round for what no lot's bill covers: loading and idling."""
     return _SETUP_HELD_S if round_ == 1 else _IDLE_HELD_S
 
@@ -261,7 +261,7 @@ def _afford_engines(
         if not price.by_time:
             continue
         rate = context.fx_rates.get(price.currency, Decimal(1))
-        seconds = Decimal(_held_s(round_)) * state.spec.capacity.workers
+        seconds = Decimal(held_s(round_)) * state.spec.capacity.workers
         cost = price.unit_prices["accelerator_second"] * seconds * rate
         if held + cost <= budget:
             held += cost

@@ -76,8 +76,8 @@ class Reputation:
     output_share_p95: float | None = None
     failed_cost: float = 0.0
     """What a failed attempt is charged, as a share of what an answered one is."""
-    excess: float = 0.0
-    """How much more it reports or bills than we count, beyond what is tolerated, as a share."""
+    excess: float | None = None
+    """How much more it reports or bills than we count, beyond what is tolerated, as a share; None: never compared."""
     overhead_s: float | None = None
     """Seconds of loading and idling that a run pays an engine for; None where the pool is not paid by time."""
     newcomer: bool = False
@@ -208,7 +208,7 @@ def _spread(spec: PoolSpec, mine: Weighed) -> float:
     return math.sqrt((_SPREAD_RUNS * PRIOR_SPREAD**2 + squares) / (_SPREAD_RUNS + total))
 
 
-def _excess(mine: Weighed) -> float:
+def _excess(mine: Weighed) -> float | None:
     """How far the worst of three comparisons is beyond its tolerance: input, output, and the provider's own bill."""
     reported_input = _ratio(mine, lambda d: d.compared_input, lambda d: d.recount_input)
     reported_output = _ratio(mine, lambda d: d.compared_output, lambda d: d.recount_output)
@@ -222,7 +222,7 @@ def _excess(mine: Weighed) -> float:
         )
         if ratio is not None
     ]
-    return max([0.0, *beyond])
+    return max([0.0, *beyond]) if beyond else None
 
 
 def _overhead(spec: PoolSpec, deeds: Weighed) -> float | None:

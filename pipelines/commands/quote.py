@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from bidbeam.pipelines.commands.invocation import (
@@ -19,6 +21,7 @@ def quote(
     job: JobArgument,
     run_date: RunDateOption = None,
     set_: SetOption = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Price its rehearsal, by earlier rehearsals.")] = False,
     json: JsonOption = False,
 ) -> int:
     """Price a job on its pools without sending anything."""
@@ -33,6 +36,6 @@ def quote(
         # Imported late: Beam logs while it is being imported.
         from bidbeam.pipelines.quote import quote_job
 
-        quoted = quote_job(read)
+        quoted = quote_job(read, rehearse=rehearse)
     print(to_json(quoted) if json else quote_text(quoted))
     return 0

@@ -1,0 +1,182 @@
+"""What each pool offers a job, read from one cleared round: its price, its bill, its capacity, its part, or why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.pools import METERS, PoolSpec
+from bidbeam.pipelines.summary import QuotePool
+from bidbeam.transforms.reputation import Reputation
+from bidbeam.transforms.run_context import RunContext
+
+if TYPE_CHECKING:
+    from bidbeam.transforms.decisions import Decision
+
+_PPM = 1_000_000
+
+
+def offers(context: RunContext, decision: Decision) -> tuple[QuotePool, ...]:
+    """A row for each pool of the job, in the job's order."""
+    awards, bids = decision.tables["awards"], decision.tables["bids"]
+    return tuple(
+        _offer(context, spec, _of(awards, spec.name), _of(bids, spec.name), decision.tables["lots"], bool(len(awards)))
+        for spec in context.pools
+    )
+
+
+def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]:
+    """Pool -> what its awards are expected to cost in the end (USD): the price paid, and its failures' second tries.
+
+    A try that fails costs what such tries have cost, and the request is then bought from the runner-up. An engine
+    paid by time also loads and idles, as long as it did in earlier runs.
+    """
+    awards, bids = decision.tables["awards"], decision.tables["bids"]
+    asked = _by_lot_and_pool(bids, "expected_cost")
+    lots = decision.tables["lots"]
+    models = dict(zip(_texts(lots, "lot_id"), _texts(lots, "model"), strict=True))
+    found: dict[str, Decimal] = {}
+    columns = (_texts(awards, "lot_id"), _texts(awards, "pool"), _texts(awards, "runner_up"))
+    for lot, pool, second, paid in zip(*columns, awards.column("price_paid").to_pylist(), strict=True):
+        known = context.known.get((pool, models[lot]), Reputation())
+        fails, charged = (Decimal(round(share * _PPM)) / _PPM for share in (known.seen_failure_rate, known.failed_cost))
+        again = asked.get((lot, second), paid)
+        found[pool] = found.get(pool, Decimal(0)) + paid * (1 - fails + fails * charged) + fails * again
+    for spec in context.pools:
+        if spec.name in found:
+            found[spec.name] += _overhead_cost(context, spec)
+    return found
+
+
+def _overhead_cost(context: RunContext, spec: PoolSpec) -> Decimal:
+    seconds = max(
+        (known.overhead_s or 0.0 for model in spec.models if (known := context.known.get((spec.name, model)))),
+        default=0.0,
+    )
+    rate = context.fx_rates.get(spec.price.currency, Decimal(1))
+    return spec.price.unit_prices.get("accelerator_second", Decimal(0)) * Decimal(f"{seconds:.3f}") * rate
+
+
+def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal:
+    """The most that all rounds can cost (USD): each request may fail, at its full price, in every round but the last.
+
+    Whoever serves a lot later asks at most the dearest of the lot's worst cases. Engines paid by time may load and
+    idle for as long as a budget lets them; without a budget nothing bounds their time. A budget bounds it all.
+    """
+    from bidbeam.transforms.bid import held_s
+
+    awards, bids = decision.tables["awards"], decision.tables["bids"]
+    total = sum_decimal(awards.column("reserved"))
+    if rounds > 1 and bids.num_rows:
+        dearest = bids.select(["lot_id", "worst_case_cost"]).group_by("lot_id").aggregate([("worst_case_cost", "max")])
+        total += (rounds - 1) * sum_decimal(dearest.column("worst_case_cost_max").drop_null())
+    for spec in context.pools:
+        if spec.price.by_time:
+            rate = context.fx_rates.get(spec.price.currency, Decimal(1))
+            seconds = sum(held_s(number) for number in range(1, rounds + 1)) * spec.capacity.workers
+            total += spec.price.unit_prices["accelerator_second"] * Decimal(seconds) * rate
+    return total if context.max_cost is None else min(total, context.max_cost)
+
+
+def _offer(
+    context: RunContext, spec: PoolSpec, mine: pa.Table, offered: pa.Table, lots: pa.Table, others: bool
+) -> QuotePool:
+    won = mine.column("lot_id").combine_chunks()
+    may = offered.filter(offered.column("eligible"))
+    known = [context.known[spec.name, model] for model in spec.models if (spec.name, model) in context.known]
+    seen = max(known, key=lambda each: each.answers, default=Reputation())
+    failing = [each.seen_failure_rate for each in known if each.successes + each.failures]
+    return QuotePool(
+        pool=spec.name,
+        price=price_text(spec),
+        lots=mine.num_rows,
+        requests=pc.sum(lots.column("requests").filter(pc.is_in(lots.column("lot_id"), value_set=won))).as_py() or 0,
+        expected_cost=sum_decimal(mine.column("price_paid")),
+        worst_case_cost=sum_decimal(mine.column("reserved")),
+        finish_s=_finish_s(context, spec, won, lots) if mine.num_rows else None,
+        why_not=None if mine.num_rows else _why_not(offered, others),
+        capacity=capacity_text(spec, seen.tokens_per_second),
+        asks=sum_decimal(may.column("expected_cost")) if may.num_rows else None,
+        asks_lots=may.num_rows,
+        answers=sum(each.answers for each in known),
+        failure_rate=max(failing) if failing else None,
+        uptime=seen.uptime,
+        latency_p95_s=seen.latency_p95_s,
+        tokens_per_second=seen.tokens_per_second,
+        cache_share=seen.cache_share,
+        output_share=seen.output_share,
+        output_share_p95=seen.output_share_p95,
+        excess=seen.excess,
+        newcomer=any(each.newcomer for each in known),
+    )
+
+
+def _finish_s(context: RunContext, spec: PoolSpec, won: pa.Array, lots: pa.Table) -> float | None:
+    """Seconds from now until the pool is done with its lots; None where its speed is unknown."""
+    from bidbeam.transforms.bidding import LotColumns, expected_usage, speed_of
+    from bidbeam.transforms.bid import pool_states
+
+    state = next(each for each in pool_states(context, context.started_at) if each.spec.name == spec.name)
+    here = lots.filter(pc.is_in(lots.column("lot_id"), value_set=won))
+    # The ledger's lots have no need of the longest request; it decides nothing here.
+    columns = LotColumns.of(here.append_column("longest_tokens", here.column("max_input_tokens")))
+    usage = expected_usage(columns, state)
+    seconds = (usage.uncached + usage.output) / speed_of(columns, state)
+    return None if np.isnan(seconds).any() else float(seconds.sum()) + state.turnaround_s
+
+
+def _why_not(offered: pa.Table, others: bool) -> str:
+    reasons = [reason for reason in _texts(offered, "reject_reason") if reason]
+    if reasons:
+        reason, count = Counter(reasons).most_common(1)[0]
+        return f"{reason} ({count} of {offered.num_rows} lots)" if count < offered.num_rows else reason
+    return "others bid less" if others else "no lot was awarded"
+
+
+def capacity_text(spec: PoolSpec, measured: float | None) -> str:
+    """How much a pool takes at once and how fast it is, as people read it; ``seen`` marks what the ledger measured."""
+    parts = []
+    if spec.kind == "vllm" and spec.capacity.workers > 1:
+        parts.append(f"{spec.capacity.workers} engines")
+    if spec.capacity.concurrency is not None:
+        parts.append(f"{spec.capacity.concurrency:,} at once")
+    if measured is not None:
+        parts.append(f"{measured:,.0f} tokens/s seen")
+    elif spec.capacity.tokens_per_second is not None:
+        parts.append(f"{spec.capacity.tokens_per_second:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def price_text(spec: PoolSpec) -> str:
+    """A pool's price as people read it."""
+    prices = spec.price.unit_prices
+    currency = spec.price.currency
+    if spec.price.by_time:
+        return f"{(prices['accelerator_second'] * 3600).quantize(Decimal('0.0001')).normalize():f} {currency} per hour"
+    named = {"uncached_input": "input", "cached_input": "cached", "output": "output"}
+    meters = [meter for meter in METERS if meter in named and meter in prices]
+    million = " / ".join(f"{(prices[meter] * 1_000_000).normalize():f}" for meter in meters)
+    text = f"{million} {currency} per 1M {' / '.join(named[meter] for meter in meters)} tokens"
+    return text + (f" + {prices['request'].normalize():f} a request" if "request" in prices else "")
+
+
+def _of(table: pa.Table, pool: str) -> pa.Table:
+    return table.filter(pc.equal(table.column("pool").cast(pa.string()), pool))
+
+
+def _texts(table: pa.Table, column: str) -> Sequence[str]:
+    texts: list[str] = table.column(column).cast(pa.string()).to_pylist()
+    return texts
+
+
+def _by_lot_and_pool(bids: pa.Table, column: str) -> dict[tuple[str, str], Decimal]:
+    may = bids.filter(bids.column("eligible"))
+    keys = zip(_texts(may, "lot_id"), _texts(may, "pool"), strict=True)
+    return dict(zip(keys, may.column(column).to_pylist(), strict=True))

@@ -105,27 +105,33 @@ GROUP BY run_id, run_date, tag, "value";
 
 -- Each request against each baseline of its run: what the tokens of the attempt that served it cost at that list's
 -- prices. Without a cached price, cached tokens cost what others do; without reported cached tokens, none were cached.
+-- A list may price each model by itself; a request of a model that it has no price of has no baseline_cost.
 CREATE OR REPLACE VIEW savings AS
 WITH listed AS (
     SELECT
-        run_id, baseline,
+        run_id, baseline, model,
         max(unit_price) FILTER (WHERE meter = 'uncached_input') AS input_price,
         max(unit_price) FILTER (WHERE meter = 'cached_input') AS cached_price,
         max(unit_price) FILTER (WHERE meter = 'output') AS output_price,
         max(unit_price) FILTER (WHERE meter = 'request') AS request_price
     FROM baselines
-    GROUP BY run_id, baseline
+    GROUP BY run_id, baseline, model
+), named AS (
+    SELECT DISTINCT run_id, baseline FROM listed
 ), compared AS (
     SELECT
         request.run_id, request.run_date, request.request_id, request.pool, request.model, request.status,
-        request.shared_with, listed.baseline, request.cost, request.tags,
+        request.shared_with, named.baseline, request.cost, request.tags,
         CASE WHEN request.status = 'served' THEN CAST(
             (request.input_tokens - coalesce(request.cached_tokens, 0)) * listed.input_price
             + coalesce(request.cached_tokens, 0) * coalesce(listed.cached_price, listed.input_price)
             + request.output_tokens * listed.output_price
             + coalesce(listed.request_price, 0) AS DECIMAL(38, 18)) END AS baseline_cost
     FROM cost_per_request AS request
-    JOIN listed ON listed.run_id = request.run_id
+    JOIN named ON named.run_id = request.run_id
+    LEFT JOIN listed
+        ON listed.run_id = named.run_id AND listed.baseline = named.baseline
+        AND (listed.model IS NULL OR listed.model = request.model)
 )
 SELECT
     run_id, run_date, request_id, pool, model, status, shared_with, baseline, cost, baseline_cost,

@@ -99,9 +99,10 @@ CHARGES = _schema(
 
 BASELINES = _schema(
     ("run_id", pa.string()), ("baseline", pa.string()), ("meter", pa.string()), ("unit_price", UNIT_PRICE),
-    ("valid_from", UTC), ("source", pa.string()),
+    ("valid_from", UTC), ("source", pa.string()), ("model", pa.string()),
 )  # fmt: skip
-"""The list prices (USD) that the run's savings are counted against; the first one is ``charges.baseline_cost``."""
+"""The list prices (USD) that the run's savings are counted against; the first one is ``charges.baseline_cost``.
+``model`` NULL: of every model."""
 
 TABLES: dict[str, pa.Schema] = {
     "runs": RUNS, "requests": REQUESTS, "prices": PRICES, "lots": LOTS, "bids": BIDS, "awards": AWARDS,

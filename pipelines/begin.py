@@ -25,6 +25,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.pipelines.job import Job, check_fx, check_keys
 from bidbeam.pipelines.known import known_pools
 from bidbeam.pipelines.lease import Lease
+from bidbeam.pipelines.resolving import resolve
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
@@ -91,6 +92,8 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
     started_at = now or datetime.now(UTC)
     if not rehearse:
         check_keys(job)
+    job = resolve(job, started_at)
+    if not rehearse:
         check_fx(job, started_at)
     run_dir, ledger = places(job, rehearse=rehearse)
     with ThreadPoolExecutor(4) as workers:
@@ -250,6 +253,7 @@ def make_context(
         replace(pool, context=max((pool_context(pool, facts[m]) or 0 for m in pool.models), default=0) or None)
         for pool in job.pools
     )
+    counted = baselines(job)
     return RunContext(
         run_id=job.run_id,
         run_date=job.run_date,
@@ -273,7 +277,8 @@ def make_context(
         spent=spent,
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
-        baseline=baseline(job),
+        baseline=counted[0] if counted else None,
+        other_baselines=counted[1:],
         samples=asks_for_samples(job, plan),
         has_history=bool(earlier) or ended is not None,
         ended_start=ended,
@@ -294,13 +299,24 @@ def asks_for_samples(job: Job, plan: InputPlan) -> bool:
     return job.sampling.get("n", 1) != 1 or "n" in plan.schema.names or is_openai_batch(plan.schema)
 
 
-def baseline(job: Job) -> Baseline | None:
-    """The first baseline of the job: the one that ``charges.baseline_cost`` counts."""
-    if not job.baseline:
-        return None
-    first = job.baseline[0]
-    prices = first.unit_prices
-    return Baseline(first.name, prices["uncached_input"], prices["output"], prices.get("cached_input"))
+def baselines(job: Job) -> tuple[Baseline, ...]:
+    """The baselines of the job; the first is the one that ``charges.baseline_cost`` counts."""
+    by_name: dict[str, list[Baseline]] = {}
+    for spec in job.baseline:
+        prices = spec.unit_prices
+        free = Decimal(0)  # where the request alone is paid
+        each = Baseline(
+            spec.name,
+            prices.get("uncached_input", free),
+            prices.get("output", free),
+            prices.get("cached_input"),
+            prices.get("request"),
+            spec.model,
+            source=spec.source,
+            valid_from=spec.valid_from,
+        )
+        by_name.setdefault(spec.name, []).append(each)
+    return tuple(replace(same[0], also=tuple(same[1:])) for same in by_name.values())
 
 
 def _seed(journal: Store) -> int:

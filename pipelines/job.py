@@ -14,7 +14,7 @@ from typing import Any
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.pools import ModelSpec, PoolSpec
 from bidbeam.pipelines.jsonable import jsonable
-from bidbeam.pipelines.terms import AuctionSpec, BaselineSpec, Deadline, FxRate, Tolerance
+from bidbeam.pipelines.terms import AuctionSpec, BaselineSpec, Deadline, FxRate, FxSource, PriceSource, Tolerance
 from bidbeam.transforms.rendering import PromptSpec
 
 _AUCTION = AuctionSpec()
@@ -48,6 +48,10 @@ class Job:
     storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """fsspec options by protocol."""
     fx: Mapping[str, FxRate] = field(default_factory=dict)
+    fx_sources: Mapping[str, FxSource] = field(default_factory=dict)
+    """Where the rates are fetched that are not in ``fx`` (see ``pipelines.resolving``)."""
+    price_sources: Mapping[str, PriceSource] = field(default_factory=dict)
+    """Where the prices of some pools are looked up when a run starts, by pool."""
     source_dir: str = "."
     """Where the job file stands."""
     lines: Mapping[str, tuple[str, int | None]] = field(default_factory=dict, compare=False, repr=False)

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.pipelines import pools_file
+from bidbeam.pipelines.baselines import baselines_of
 from bidbeam.pipelines.config_check import (
     Fields,
     choice_of,
@@ -34,7 +35,6 @@ from bidbeam.pipelines.config_check import (
 )
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.overrides import apply, read_override
-from bidbeam.pipelines.prices import baselines_of
 from bidbeam.pipelines.terms import PAYMENTS, AuctionSpec, Deadline, Tolerance
 from bidbeam.pipelines.yaml_text import Node, load
 from bidbeam.transforms.rendering import PromptSpec
@@ -56,13 +56,14 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
     timezone = fields.read("timezone", _timezone, "UTC")
     day = run_date or now.astimezone(ZoneInfo(timezone)).date()
     bought = pools_file.read_pools(pools["pools"], pools.get("models"), pools.get("fx"), pools_directory)
+    model = _model(fields, bought)
     return Job(
         name=name,
         run_date=day,
         input=_inputs(fields.need("input", "a path, a glob, a URL or a list of them"), day, directory),
         output=_directory(fields.need("output", "a directory"), directory),
         ledger=_directory(fields.need("ledger", "a directory"), directory),
-        model=_model(fields, bought),
+        model=model,
         prompt=fields.read("prompt", _prompt, PromptSpec()),
         sampling=fields.read("sampling", _sampling, {}),
         max_cost=fields.maybe("budget", _budget),
@@ -70,13 +71,15 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
         timezone=timezone,
         placement=fields.read("placement", _placement, {}),
         auction=fields.read("auction", _auction, AuctionSpec()),
-        baseline=fields.read("baseline", baselines_of, ()),
+        baseline=fields.read("baseline", lambda node: baselines_of(node, _names(bought), day, model), ()),
         tolerate_dead=fields.read("tolerate", _tolerate, Tolerance()),
         tags=fields.read("tags", text_map_of, {}),
         storage=fields.read("storage", storage_of, {}),
         pools=bought.pools,
         models=bought.models,
         fx=bought.fx,
+        fx_sources=bought.fx_sources,
+        price_sources=bought.price_sources,
         source_dir=directory,
         lines={**lines_of(root), **{key: at for node in pools.values() for key, at in lines_of(node).items()}},
     )
@@ -150,6 +153,16 @@ def _model(fields: Fields, bought: pools_file.Pools) -> str | None:
         problem = f"no pool serves the model {name!r}" if name in bought.models else f"unknown model {name!r}"
         raise fault(node, problem, "one of " + ", ".join(served), nearest(name, served))
     return name
+
+
+def _names(bought: pools_file.Pools) -> dict[str, tuple[str, ...]]:
+    """The models that are served, with what pools call them and where they come from: price lists know some name."""
+    served: dict[str, tuple[str, ...]] = {}
+    for pool in bought.pools:
+        for name, theirs in pool.models.items():
+            served[name] = (*served.get(name, ()), theirs)
+    sources = {name: bought.models[name].source for name in served}
+    return {name: (*names, *filter(None, (sources[name],))) for name, names in served.items()}
 
 
 def _prompt(node: Node) -> PromptSpec:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,6 @@ from bidbeam.pipelines.config_check import (
     duration_of,
     fault,
     flag_of,
-    moment_of,
     nearest,
     plain_map_of,
     shown,
@@ -28,8 +28,9 @@ from bidbeam.pipelines.config_check import (
     text_of,
     whole_of,
 )
-from bidbeam.pipelines.prices import price_of
-from bidbeam.pipelines.terms import FxRate
+from bidbeam.pipelines.fx import known, read_fx
+from bidbeam.pipelines.price_sources import read_price
+from bidbeam.pipelines.terms import FxRate, FxSource, PriceSource
 from bidbeam.pipelines.yaml_text import Node
 from bidbeam.transforms.placement import OPERATORS as OPERATORS
 
@@ -54,6 +55,10 @@ class Pools:
     pools: tuple[PoolSpec, ...]
     models: Mapping[str, ModelSpec]
     fx: Mapping[str, FxRate]
+    fx_sources: Mapping[str, FxSource] = field(default_factory=dict)
+    """By currency, where the rates are fetched that are not written down."""
+    price_sources: Mapping[str, PriceSource] = field(default_factory=dict)
+    """By pool, where the prices are looked up that do not simply stand in the file."""
 
 
 def read_pools(pools: Node, models: Node | None, fx: Node | None, directory: str) -> Pools:
@@ -62,19 +67,22 @@ def read_pools(pools: Node, models: Node | None, fx: Node | None, directory: str
     ``directory`` is where relative paths in the file start. Without a ``models`` section the pools' own model names are
     all there is. Raises ConfigError.
     """
-    rates = {} if fx is None else _rates(fx)
+    rates, fx_sources = ({}, {}) if fx is None else read_fx(fx, directory)
     declared = None if models is None else _models(models, directory)
     if pools.kind != "list" or not pools.items:
         raise fault(pools, f"is {shown(pools)}", "a list of at least one pool")
     found: list[PoolSpec] = []
+    sources: dict[str, PriceSource] = {}
     for item in pools.items:
-        spec = _pool(item, declared, rates, directory)
+        spec, source = _pool(item, declared, known(rates, fx_sources), directory)
         if any(spec.name == other.name for other in found):
             raise fault(item.entries["name"], f"the name {spec.name!r} is there twice", "a name of its own")
         found.append(spec)
-    known = declared or {}
-    served = {name: known.get(name, ModelSpec(name)) for spec in found for name in spec.models}
-    return Pools(tuple(found), {**known, **served}, rates)
+        if source is not None:
+            sources[spec.name] = source
+    models_known = declared or {}
+    served = {name: models_known.get(name, ModelSpec(name)) for spec in found for name in spec.models}
+    return Pools(tuple(found), {**models_known, **served}, rates, fx_sources, sources)
 
 
 def check_keys(pools: tuple[PoolSpec, ...]) -> None:
@@ -113,32 +121,9 @@ def located_source(source: str, directory: str) -> str:
     return source
 
 
-def _rates(node: Node) -> dict[str, FxRate]:
-    if node.kind != "map":
-        raise fault(node, f"is {shown(node)}", "a mapping of currencies to {rate, at, source}")
-    return {currency: _rate(currency, entry) for currency, entry in node.entries.items()}
-
-
-def _rate(currency: str, node: Node) -> FxRate:
-    if currency == "USD" or not re.fullmatch(r"[A-Z0-9]{3,10}", currency):
-        raise fault(node, "is not a currency that has a rate", "a code such as EUR or TAO, but not USD")
-    fields = Fields(node, ("rate", "at", "source", "max_age"))
-    rate = fields.get("rate")
-    if rate is None:
-        raise fault(
-            node,
-            "rates that are fetched are not available in this version",
-            '{rate: "…", at: …, source: …}: USD per unit',
-        )
-    value = decimal_of(rate, "USD per unit of the currency")
-    if value <= 0 or value != round(value, 18) or value.adjusted() >= 18:
-        raise fault(rate, f"is {shown(rate)}", "a rate above 0 with at most 18 places")
-    at = moment_of(fields.need("at", "when the rate was valid, such as 2026-11-22T06:00:00Z"))
-    source = text_of(fields.need("source", "where the rate is from"))
-    return FxRate(currency, value, at, source, fields.maybe("max_age", duration_of))
-
-
-def _pool(node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str, FxRate], directory: str) -> PoolSpec:
+def _pool(
+    node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str, Decimal | None], directory: str
+) -> tuple[PoolSpec, PriceSource | None]:
     fields = Fields(node, _ANY_KEY)
     name = slug_of(fields.need("name", "a name for the pool"))
     kind = _kind(fields)
@@ -150,15 +135,24 @@ def _pool(node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str,
     )
     if kind == "vllm":
         _check_sources(fields, models, declared)
-    price = price_of(fields.need("price", "what it costs"), name, fx, by_hour=kind in ("vllm", "lease"))
     profile, labels = _profile(fields)
+    capacity = fields.read("capacity", _capacity, Capacity())
+    price, source = read_price(
+        fields.need("price", "what it costs"),
+        name,
+        fx,
+        by_hour=kind in ("vllm", "lease"),
+        tokens_per_second=None if capacity.tokens_per_second is None else Decimal(str(capacity.tokens_per_second)),
+        profile=profile,
+        directory=directory,
+    )
     remote = kind != "vllm"
-    return PoolSpec(
+    spec = PoolSpec(
         name=name,
         kind=kind,
         models=models,
         price=price,
-        capacity=fields.read("capacity", _capacity, Capacity()),
+        capacity=capacity,
         placement={**labels, **fields.read("placement", placement_labels, {})},
         accelerator=fields.maybe("accelerator", text_of),
         engine=fields.read("engine", lambda entry: plain_map_of(entry, float), {}),
@@ -171,6 +165,7 @@ def _pool(node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str,
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
         options=_options(fields, profile) if remote else {},
     )
+    return spec, source
 
 
 def _options(fields: Fields, name: str | None) -> dict[str, Any]:

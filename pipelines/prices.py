@@ -9,20 +9,17 @@ from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact
 
 from bidbeam.connectors.pools import Meter, PriceSchedule
+from bidbeam.connectors.price_feeds import DEAREST_TOKEN_USD, PLACES
 from bidbeam.pipelines.config_check import Fields, decimal_of, fault, moment_of, nearest, shown, text_of
-from bidbeam.pipelines.terms import BaselineSpec, FxRate
 from bidbeam.pipelines.yaml_text import Node
 
-PLACES = Decimal("1e-15")
 UNITS: Mapping[str, int] = {"1M tokens": 6, "1K tokens": 3, "token": 0}
 """What ``per`` may say, and the power of ten that it stands for."""
-DEAREST_TOKEN_USD = Decimal("0.01")
-"""A token dearer than this is a price in the wrong unit."""
 
 _TOKEN_METERS: Mapping[str, Meter] = {
     "input": "uncached_input", "cached_input": "cached_input", "cache_write": "cache_write", "output": "output",
 }  # fmt: skip
-_TOKEN_KEYS = (*_TOKEN_METERS, "request", "per")
+TOKEN_KEYS = (*_TOKEN_METERS, "request", "per")
 _WIDE = Context(prec=100)
 _EXACT = Context(prec=100, traps=[Inexact])
 
@@ -38,7 +35,12 @@ def per_second(hour: Decimal) -> Decimal:
 
 
 def price_id(
-    pool: str, unit_prices: Mapping[Meter, Decimal], currency: str, source: str, valid_from: datetime | None
+    pool: str,
+    unit_prices: Mapping[Meter, Decimal],
+    currency: str,
+    source: str,
+    valid_from: datetime | None,
+    valid_to: datetime | None = None,
 ) -> str:
     """A digest of everything that the schedule says; the same schedule has the same id wherever it is read."""
     said = {
@@ -48,37 +50,94 @@ def price_id(
         "source": source,
         "valid_from": valid_from.isoformat() if valid_from else None,
     }
+    if valid_to is not None:
+        said["valid_to"] = valid_to.isoformat()
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def price_of(node: Node, pool: str, fx: Mapping[str, FxRate], *, by_hour: bool) -> PriceSchedule:
-    """A pool's price schedule. ``by_hour``: whether this kind of pool may be paid by the accelerator hour."""
-    fields = Fields(node, (*_TOKEN_KEYS, "accelerator_hour", "currency", "source", "valid_from"))
-    currency = _currency(fields, fx)
-    source = fields.read("source", text_of, "pools file")
-    if source == "live":
-        raise fault(fields.need("source", ""), "live prices are not available in this version", "the prices themselves")
-    valid_from = fields.maybe("valid_from", moment_of)
+def price_of(
+    node: Node,
+    pool: str,
+    fx: Mapping[str, Decimal | None],
+    *,
+    by_hour: bool,
+    tokens_per_second: Decimal | None = None,
+    source: str = "pools file",
+) -> PriceSchedule:
+    """A price schedule as it is written down in one block.
+
+    ``fx`` is USD per unit of each currency that has a rate, None where that is not known yet. ``by_hour``: whether this
+    kind of pool may be paid by the accelerator hour. A remote pool that is rented by the hour and does
+    ``tokens_per_second`` has the price of a token that follows.
+    """
+    fields = Fields(node, (*TOKEN_KEYS, "accelerator_hour", "currency", "source", "valid_from", "valid_to"))
+    currency = currency_of(fields, fx)
+    told = fields.read("source", text_of, source)
+    valid_from, valid_to = fields.maybe("valid_from", moment_of), fields.maybe("valid_to", moment_of)
+    if valid_from is not None and valid_to is not None and valid_to <= valid_from:
+        raise fault(fields.need("valid_to", ""), "ends before it begins", "a moment after valid_from")
     hour = fields.get("accelerator_hour")
-    if hour is not None:
+    if hour is not None and not by_hour and tokens_per_second is not None:
+        _check_alone(fields)
+        unit_prices = by_throughput(_unit_price(hour, 0), tokens_per_second)
+        told = f"{told}: {shown(hour)} an hour at {tokens_per_second.normalize():f} tokens a second"
+    elif hour is not None:
         unit_prices = _by_hour(fields, hour, by_hour)
     else:
-        rate = Decimal(1) if currency == "USD" else fx[currency].rate
+        rate = Decimal(1) if currency == "USD" else fx[currency] or Decimal(0)
         also = " or accelerator_hour" if by_hour else ""
         unit_prices = token_prices(fields, f'input and output, such as "0.10" and "0.40" per: 1M tokens{also}', rate)
-    digest = price_id(pool, unit_prices, currency, source, valid_from)
-    return PriceSchedule(digest, pool, unit_prices, currency, valid_from, source)
+    return schedule_of(pool, unit_prices, currency, told, valid_from=valid_from, valid_to=valid_to)
+
+
+def schedule_of(
+    pool: str,
+    unit_prices: Mapping[Meter, Decimal],
+    currency: str,
+    source: str,
+    *,
+    valid_from: datetime | None = None,
+    valid_to: datetime | None = None,
+    fetched_at: datetime | None = None,
+) -> PriceSchedule:
+    """The schedule of these unit prices, with its id."""
+    digest = price_id(pool, unit_prices, currency, source, valid_from, valid_to)
+    return PriceSchedule(digest, pool, unit_prices, currency, valid_from, source, valid_to, fetched_at)
+
+
+def by_throughput(hour: Decimal, tokens_per_second: Decimal) -> dict[Meter, Decimal]:
+    """What a token costs on a machine of this price an hour that serves so many: half-even at 15 places, once.
+
+    As in a pool's capacity, tokens are uncached input and output; cached ones take no time and cost nothing.
+    """
+    token = _WIDE.divide(hour, _WIDE.multiply(Decimal(3600), tokens_per_second)).quantize(
+        PLACES, ROUND_HALF_EVEN, _WIDE
+    )
+    return {"uncached_input": token, "cached_input": Decimal(0), "output": token}
+
+
+def hour_prices(hour: Decimal) -> dict[Meter, Decimal]:
+    """The meters of a pool that is paid by the accelerator hour: all of them at the same second."""
+    second = per_second(hour)
+    return {"accelerator_second": second, "accelerator_idle_second": second, "setup": second}
 
 
 def _by_hour(fields: Fields, hour: Node, allowed: bool) -> dict[Meter, Decimal]:
     if not allowed:
-        raise fault(hour, "only an engine in our workers is paid by the hour", "prices per token or request")
-    for name in _TOKEN_KEYS:
+        raise fault(
+            hour,
+            "only an engine in our workers is paid by the hour",
+            "prices per token or request, or capacity: {tokens_per_second: …}, what it was measured to serve",
+        )
+    _check_alone(fields)
+    return hour_prices(_unit_price(hour, 0))
+
+
+def _check_alone(fields: Fields) -> None:
+    for name in TOKEN_KEYS:
         mixed = fields.get(name)
         if mixed is not None:
             raise fault(mixed, "stands beside accelerator_hour", "either accelerator_hour or prices per token")
-    second = per_second(_unit_price(hour, 0))
-    return {"accelerator_second": second, "accelerator_idle_second": second, "setup": second}
 
 
 def token_prices(fields: Fields, expected: str, usd: Decimal = Decimal(1)) -> dict[Meter, Decimal]:
@@ -130,7 +189,8 @@ def _unit_price(node: Node, power: int) -> Decimal:
     return price
 
 
-def _currency(fields: Fields, fx: Mapping[str, FxRate]) -> str:
+def currency_of(fields: Fields, fx: Mapping[str, Decimal | None]) -> str:
+    """The currency of a price: one that has a rate."""
     node = fields.get("currency")
     if node is None:
         return "USD"
@@ -139,23 +199,3 @@ def _currency(fields: Fields, fx: Mapping[str, FxRate]) -> str:
         problem = f"there is no exchange rate for {shown(node)}"
         raise fault(node, problem, "USD, or a currency with a rate under fx", nearest(currency, ("USD", *fx)))
     return currency
-
-
-def baselines_of(node: Node) -> tuple[BaselineSpec, ...]:
-    """The prices that savings are counted against: one block or a list of them."""
-    blocks = node.items if node.kind == "list" else (node,)
-    found = tuple(_baseline(block) for block in blocks)
-    for place, spec in enumerate(found):
-        if spec.name in {other.name for other in found[:place]}:
-            raise fault(blocks[place], f"the name {spec.name!r} is there twice", "a name of its own")
-    return found
-
-
-def _baseline(node: Node) -> BaselineSpec:
-    form = '{name: list-price, input: "0.10", output: "0.40", per: 1M tokens}'
-    if node.kind == "scalar":
-        raise fault(node, "price lists by name are not available in this version", f"your own figures: {form}")
-    fields = Fields(node, ("name", *_TOKEN_KEYS, "source", "valid_from"))
-    name = text_of(fields.need("name", f"a name for it, as in {form}"))
-    source = fields.read("source", text_of, "job file")
-    return BaselineSpec(name, token_prices(fields, form), source, fields.maybe("valid_from", moment_of))

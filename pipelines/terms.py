@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Literal
 from zoneinfo import ZoneInfo
 
-from bidbeam.connectors.pools import Meter
+from bidbeam.connectors.pools import Meter, PriceSchedule
 
 Payment = Literal["pay_as_bid", "second_score", "uniform", "vcg"]
 PAYMENTS: tuple[Payment, ...] = ("pay_as_bid", "second_score", "uniform", "vcg")
@@ -67,6 +67,8 @@ class BaselineSpec:
     unit_prices: Mapping[Meter, Decimal]
     source: str = "job file"
     valid_from: datetime | None = None
+    model: str | None = None
+    """The job's model that this is a price of; None: of every model. One baseline may have a price for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +84,48 @@ class FxRate:
     def stale(self, now: datetime) -> bool:
         """Whether the rate is too old to charge with."""
         return self.max_age is not None and now - self.at > self.max_age
+
+
+@dataclass(frozen=True, slots=True)
+class FxSource:
+    """Where a currency's rate is fetched when a run starts: the first of ``feeds`` that tells one."""
+
+    currency: str
+    feeds: tuple[str, ...]
+    """Of ``connectors.fx_feeds.FEEDS``, or ``file``."""
+    max_age: timedelta
+    symbol: str | None = None
+    url: str | None = None
+    path: str | None = None
+
+
+PriceSourceKind = Literal["live", "list", "file", "dated"]
+
+
+@dataclass(frozen=True, slots=True)
+class PriceSource:
+    """Where a pool's price is looked up when a run starts: a provider's feed, a published list, a file of dated prices,
+    or several dated prices that stand in the pools file itself.
+    """
+
+    kind: PriceSourceKind
+    currency: str = "USD"
+    feed: str | None = None
+    """live: the profile whose feed it is, where that is not the pool's own."""
+    url: str | None = None
+    served_by: str | None = None
+    machine: str | None = None
+    """live, by the hour: which of the machines that are offered."""
+    provider: str | None = None
+    """list: whose list."""
+    model: str | None = None
+    """list: the model's name there, where it is not the pool's."""
+    path: str | None = None
+    by_hour: bool = False
+    tokens_per_second: Decimal | None = None
+    """What the pool serves in a second, where an hour's price has to become a token's."""
+    dated: tuple[PriceSchedule, ...] = ()
+    fallback: PriceSchedule | None = None
+    """What counts where the source does not answer."""
+    expected: Mapping[Meter, Decimal] | None = None
+    """What the prices are about; a source that is far off is not believed."""

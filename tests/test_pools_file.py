@@ -103,7 +103,7 @@ def test_price_id_follows_what_the_schedule_says_and_not_how_it_is_written() -> 
         ("price: {input: cheap, output: 1, per: 1M tokens}", "is 'cheap' (expected an exact price such as \"0.10\")"),
         ("price: {input: .nan, output: 1, per: 1M tokens}", "is '.nan'"),
         ("price: {input: 1_000, output: 1, per: 1M tokens}", "is '1_000'"),
-        ("price: {source: live}", "live prices are not available in this version"),
+        ("price: {source: live}", "profile openai-compatible has no price feed (expected prices that are written down"),
         ("price: {inptu: 1}", "pools[0].price.inptu: unknown key"),
         ("price: {}", "names no price"),
         ('price: {accelerator_hour: "1"}', "only an engine in our workers is paid by the hour"),
@@ -151,7 +151,7 @@ def test_a_price_per_request_alone_is_enough() -> None:
         (own("api_key_env: A"), "does not belong to a pool of kind vllm"),
         ("pools: []", "(expected a list of at least one pool)"),
         (remote() + remote().removeprefix("pools:\n"), "pools.yaml:7: pools[1].name: the name 'far' is there twice"),
-        ("fx: {TAO: {source: somewhere}}\n" + remote(), "rates that are fetched are not available in this version"),
+        ("fx: {TAO: {source: somewhere}}\n" + remote(), "there is no feed of rates 'somewhere' (expected kraken or coingecko or file"),
     ],
 )
 def test_a_pool_that_cannot_be_right_is_refused(text: str, message: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
 
 import numpy as np
@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 from bidbeam.connectors.errors import StoreError
 from bidbeam.connectors.money import Bools, add_costs, cost, quantity_from_units, to_usd
 from bidbeam.connectors.pools import METERS, Meter
-from bidbeam.connectors.schemas import ATTEMPTS, CHARGES, METER_COLUMNS
+from bidbeam.connectors.schemas import ATTEMPTS, CHARGES, COST, METER_COLUMNS
 from bidbeam.transforms.settling import Terms, constant
 
 _NEEDED = (
-    "attempt_id", "request_id", "finished_at", "status", "kind", "usage_source", "price_id", "input_tokens",
+    "attempt_id", "request_id", "model", "finished_at", "status", "kind", "usage_source", "price_id", "input_tokens",
     "cached_tokens", "output_tokens", *METER_COLUMNS.values(),
 )  # fmt: skip
 _NOT_SERVING = pa.array(["audit", "probe", "overhead"])
@@ -34,12 +34,25 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A list price, USD per token, that savings are counted against. Without ``cached_input`` all input costs alike."""
+    """A list price, USD per token and request, that savings are counted against. Without ``cached_input`` all input
+    costs alike.
+    """
 
     name: str
     input: Decimal
     output: Decimal
     cached_input: Decimal | None = None
+    request: Decimal | None = None
+    model: str | None = None
+    """The one model that this is a price of; None: of every model."""
+    also: tuple[Baseline, ...] = ()
+    """The same list's prices of other models."""
+    source: str = "job file"
+    valid_from: datetime | None = None
+
+    def of(self, model: str) -> Baseline | None:
+        """What holds for a model; None where the list has no price of it."""
+        return next((each for each in (self, *self.also) if each.model in (None, model)), None)
 
 
 def explode(
@@ -154,7 +167,21 @@ def _once(amounts: pa.Array | None, kept: pa.Array | None, unplaced: Bools, type
 
 
 def _baseline_costs(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
-    """What the baseline would have charged each row (COST); NULL where it did not serve or its tokens are unknown."""
+    """What the baseline would have charged each row (COST); NULL where it did not serve, its tokens are unknown, or the
+    baseline has no price of its model.
+    """
+    if baseline.model is None:
+        costs = _amounts(rows, baseline)
+    else:
+        models = rows.column("model").cast(pa.string())
+        costs = pa.nulls(rows.num_rows, COST)
+        for each in (baseline, *baseline.also):
+            costs = pc.if_else(pc.equal(models, each.model).fill_null(False), _amounts(rows, each), costs)
+    return pc.if_else(_serving(rows), costs, pa.scalar(None, COST))
+
+
+def _amounts(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
+    """Every row's tokens at the baseline's prices (COST), unknown ones counted as none."""
     input_, cached, output = (
         rows.column(name).fill_null(0).to_numpy(zero_copy_only=False)
         for name in ("input_tokens", "cached_tokens", "output_tokens")
@@ -166,7 +193,9 @@ def _baseline_costs(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
         cost(quantity_from_units(cached), baseline.cached_input or Decimal(0)),
         cost(quantity_from_units(output), baseline.output),
     ]
-    return pc.if_else(_serving(rows), add_costs(amounts, rows.num_rows), pa.scalar(None, amounts[0].type))
+    if baseline.request is not None:
+        amounts.append(cost(quantity_from_units(np.ones(rows.num_rows, np.int64)), baseline.request))
+    return add_costs(amounts, rows.num_rows)
 
 
 def _serving(rows: pa.RecordBatch) -> pa.Array:

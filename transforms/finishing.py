@@ -16,6 +16,7 @@ from bidbeam.connectors.ledger_manifest import PartFile, RunRow, latest_manifest
 from bidbeam.connectors.ledger_writer import write_manifest, write_part
 from bidbeam.connectors.schemas import BASELINES
 from bidbeam.connectors.store import Store
+from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
 from bidbeam.transforms.decisions import market_parts
 from bidbeam.transforms.published import OutputFile, PoolCount, Published
@@ -186,19 +187,29 @@ def note_status(context: RunContext, record: RunRecord, status: str) -> None:
 def _baselines(context: RunContext) -> list[PartFile]:
     if context.baseline is None:
         return []
-    baseline = context.baseline
-    prices = {"uncached_input": baseline.input, "cached_input": baseline.cached_input, "output": baseline.output}
     rows = [
         {
             "run_id": context.run_id,
-            "baseline": baseline.name,
+            "baseline": each.name,
             "meter": meter,
             "unit_price": unit_price,
-            "valid_from": None,
-            "source": "job file",
+            "valid_from": each.valid_from,
+            "source": each.source,
+            "model": each.model,
         }
-        for meter, unit_price in prices.items()
+        for baseline in (context.baseline, *context.other_baselines)
+        for each in (baseline, *baseline.also)
+        for meter, unit_price in _meters(each).items()
         if unit_price is not None
     ]
     table = pa.Table.from_pylist(rows, schema=BASELINES)
     return [write_part(context.ledger, "baselines", context.run_date, context.run_id, f"s{context.start:03d}", table)]
+
+
+def _meters(baseline: Baseline) -> dict[str, Decimal | None]:
+    return {
+        "uncached_input": baseline.input,
+        "cached_input": baseline.cached_input,
+        "output": baseline.output,
+        "request": baseline.request,
+    }

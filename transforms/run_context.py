@@ -66,6 +66,9 @@ class RunContext:
     tags: str | None = None
     """The job's tags as canonical JSON text."""
     baseline: Baseline | None = None
+    """What ``charges.baseline_cost`` counts."""
+    other_baselines: tuple[Baseline, ...] = ()
+    """What the view ``savings`` counts beside it."""
     fx: Mapping[str, FxQuote] = field(default_factory=dict)
     known: Mapping[tuple[str, str], Reputation] = field(default_factory=dict)
     """What the ledger's earlier runs taught of each (pool, model): see ``transforms.reputation``."""

@@ -1,0 +1,481 @@
+"""Price feeds: each provider's shape and unit, exactly; garbage and wrong units refused before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bidbeam.connectors.doubles import EndpointDouble, Reply
+from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.fetch import FeedError, bare, fetch_json
+from bidbeam.connectors.front_server import Call, FrontServer
+from bidbeam.connectors.front_targon import TargonFront, machine
+from bidbeam.connectors.fronts import ProviderFront
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.price_feeds import SHAPES, check_plausible, read_prices
+from bidbeam.pipelines.job import Job
+from bidbeam.pipelines.prices import per_second
+from bidbeam.pipelines.quote import quote_job
+from bidbeam.pipelines.resolving import resolve, valid_at
+from bidbeam.pipelines.run import run
+from tests.small_jobs import DAY, by_the_hour, prompts, remote, write_job, written
+
+NOW = datetime(2026, 11, 23, 6, tzinfo=UTC)
+DEEPSEEK = {"input": Decimal("1.00"), "output": Decimal("1.00"), "cached_input": Decimal("0.10")}
+NEMO = {"input": Decimal("0.0245"), "output": Decimal("0.0978"), "cached_input": Decimal("0.0024")}
+
+
+class Feed(FrontServer):
+    """Answers every GET with one reply, by path where ``by_path`` names it."""
+
+    def __init__(self, document: object = None, *, reply: Reply | None = None, by_path: Any = None) -> None:
+        super().__init__()
+        self.reply = reply or Reply(body=json.dumps(document).encode())
+        self.by_path: Mapping[str, object] = by_path or {}
+
+    def answer(self, call: Call) -> Reply:
+        self.calls.append(call)
+        if call.path in self.by_path:
+            return Reply(body=json.dumps(self.by_path[call.path]).encode())
+        return self.reply
+
+
+def live(base_url: str, profile: str, *, price: Mapping[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    """A pool whose price is live."""
+    pool = remote("live", base_url, profile=profile, **keys)
+    pool["price"] = {"source": "live", **(price or {})}
+    pool.setdefault("api_key_env", "FEED_TEST_KEY")
+    return pool
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEED_TEST_KEY", "unremarkable")
+
+
+def job_of(home: Path, *pools: dict[str, Any], fx: Mapping[str, Any] | None = None, **keys: Any) -> Job:
+    path = write_job(home, prompts(4), pools, **keys)
+    if fx is not None:
+        bought = json.loads((home / "pools.yaml").read_text())
+        (home / "pools.yaml").write_text(json.dumps({**bought, "fx": fx}))
+    return Job.from_yaml(path, run_date=DAY)
+
+
+def resolved(home: Path, *pools: dict[str, Any], now: datetime = NOW, **keys: Any) -> PoolSpec:
+    return resolve(job_of(home, *pools, **keys), now).pools[0]
+
+
+def refusal(home: Path, *pools: dict[str, Any], **keys: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolved(home, *pools, **keys)
+    assert caught.value.exit_code == 2
+    assert caught.value.line is not None
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("profile", ["chutes", "prime", "openrouter"])
+@pytest.mark.parametrize("prices", [DEEPSEEK, NEMO])
+def test_each_providers_own_feed_gives_the_same_exact_price_of_a_token(
+    tmp_path: Path, profile: str, prices: Mapping[str, Decimal]
+) -> None:
+    """Dollars per million under two names, and decimal text per token, all come to the same unit prices."""
+    with ProviderFront(profile, "http://127.0.0.1:9", {"tiny": "tiny"}, prices={"tiny": prices}) as front:
+        pool = resolved(tmp_path, live(front.base_url, profile))
+    assert pool.price.unit_prices == {
+        "uncached_input": prices["input"] / 10**6,
+        "cached_input": prices["cached_input"] / 10**6,
+        "output": prices["output"] / 10**6,
+    }
+    assert pool.price.fetched_at == NOW
+    assert pool.price.source == f"{front.base_url}/models tiny"
+    assert pool.price.price_id
+
+
+def test_both_of_chutes_shapes_are_read() -> None:
+    """The older feed has ``pricing`` alone, which looks like per token and is per million."""
+    document = {"data": [{"id": "m", "pricing": {"prompt": 0.5, "completion": "2.85"}}]}
+    prices, _ = read_prices(json.loads(json.dumps(document), parse_float=Decimal), SHAPES["chutes"], "usd/mtok", "m")
+    assert prices == {"uncached_input": Decimal("5e-7"), "output": Decimal("0.00000285")}
+
+
+def test_prices_in_tao_are_read_in_tao(tmp_path: Path) -> None:
+    """A pool that is paid in TAO is priced by the feed's TAO figures, at the job's rate of exchange."""
+    entry = {"id": "tiny", "price": {"input": {"usd": 0.5, "tao": 0.00125}, "output": {"usd": 2.85, "tao": 0.007125}}}
+    with Feed({"data": [entry]}) as feed:
+        job = job_of(
+            tmp_path,
+            live(f"{feed.url}/v1", "chutes", price={"currency": "TAO"}),
+            fx={"TAO": {"rate": "400", "at": "2026-11-23T05:00:00Z", "source": "by hand"}},
+        )
+        price = resolve(job, NOW).pools[0].price
+    assert price.currency == "TAO"
+    assert price.unit_prices == {"uncached_input": Decimal("1.25e-9"), "output": Decimal("7.125e-9")}
+
+
+@given(st.decimals("1e-6", "9000", places=6, allow_nan=False), st.decimals("1e-6", "9000", places=6, allow_nan=False))
+def test_what_a_feed_says_is_kept_to_the_last_digit(input_: Decimal, output: Decimal) -> None:
+    """Whatever 15 places hold per token is what the feed said, exactly."""
+    document = {"data": [{"id": "m", "pricing": {"input_usd_per_mtok": input_, "output_usd_per_mtok": str(output)}}]}
+    prices, said = read_prices(document, SHAPES["prime"], "usd/mtok", "m")
+    assert Fraction(prices["uncached_input"]) * 10**6 == Fraction(input_)
+    assert Fraction(prices["output"]) * 10**6 == Fraction(output)
+    assert said == ""
+
+
+def test_binary_noise_is_rounded_once_and_said() -> None:
+    """A float that was computed has places that no price has: half-even at 15, and the source says so."""
+    document = {"data": [{"id": "m", "pricing": {"prompt": "0.30000000000000004", "completion": "1"}}]}
+    prices, said = read_prices(document, SHAPES["chutes"], "usd/mtok", "m")
+    assert prices["uncached_input"] == Decimal("3e-7")
+    assert "rounded" in said
+
+
+def test_of_conditional_prices_the_dearest_counts() -> None:
+    """A price that rises with the prompt or the hour must not let a bill pass its worst case."""
+    pricing = {
+        "prompt": "0.000001",
+        "completion": "0.000002",
+        "input_cache_read": "0.0000001",
+        "request": "0",
+        "overrides": [
+            {"min_prompt_tokens": 200000, "prompt": "0.000002"},
+            {"utc_start": "16:30", "completion": "1e-6"},
+        ],
+    }
+    prices, said = read_prices({"data": [{"id": "m", "pricing": pricing}]}, SHAPES["openrouter"], "usd/token", "m")
+    assert prices == {
+        "uncached_input": Decimal("0.000002"),
+        "output": Decimal("0.000002"),
+        "cached_input": Decimal("0.0000001"),
+    }
+    assert "dearest" in said
+
+
+def test_one_of_a_routers_providers_is_priced_by_its_own_entry(tmp_path: Path) -> None:
+    """``served_by`` reads the model's list of endpoints."""
+    endpoints = [
+        {"tag": "one/fp8", "provider_name": "One", "pricing": {"prompt": "0.000001", "completion": "0.000002"}},
+        {"tag": "two", "provider_name": "Two", "pricing": {"prompt": "0.0000005", "completion": "0.000003"}},
+    ]
+    path = "/api/v1/models/author/tiny/endpoints"
+    with Feed({}, by_path={path: {"data": {"id": "author/tiny", "endpoints": endpoints}}}) as feed:
+        base, models = f"{feed.url}/api/v1", {"tiny": "author/tiny"}
+        pool = resolved(tmp_path, live(base, "openrouter", price={"served_by": "Two"}, models=models))
+        assert pool.price.unit_prices["uncached_input"] == Decimal("5e-7")
+        wrong = refusal(tmp_path, live(base, "openrouter", price={"served_by": "twoo"}, models=models))
+    assert "'twoo' does not serve 'author/tiny' there; did you mean 'two'?" in wrong
+
+
+def test_the_run_pays_the_live_price_and_the_ledger_says_whose_it_was(tmp_path: Path) -> None:
+    """Fetched when the run starts, charged to the digit, and in ``prices`` with where and when it was read."""
+    with (
+        EndpointDouble(["theirs"]) as upstream,
+        ProviderFront(
+            "chutes", upstream.base_url, {"vendor/tiny": "theirs"}, key="unremarkable", prices={"vendor/tiny": DEEPSEEK}
+        ) as front,
+    ):
+        job = job_of(tmp_path, live(front.base_url, "chutes", models={"tiny": "vendor/tiny"}))
+        quoted = quote_job(job)
+        assert "1 / 0.1 / 1 USD per 1M input / cached / output tokens" in quoted.pools[0].price
+        assert run(job).status == "complete"
+    found = written(job)
+    prices = {row["meter"]: row for row in found.rows("prices")}
+    assert {meter: row["unit_price"] for meter, row in prices.items()} == {
+        "uncached_input": Decimal("0.000001"), "cached_input": Decimal("1e-7"), "output": Decimal("0.000001"),
+    }  # fmt: skip
+    assert {row["source"] for row in prices.values()} == {f"{front.base_url}/models vendor/tiny"}
+    assert all(row["fetched_at"] is not None for row in prices.values())
+    assert {row["price_id"] for row in found.rows("charges")} == {row["price_id"] for row in prices.values()}
+    assert sum(row["cost"] for row in found.rows("charges")) > 0
+
+
+def test_reading_a_job_fetches_nothing(tmp_path: Path) -> None:
+    """A job file reads without its feeds; a run does not start without them."""
+    job = job_of(tmp_path, live("http://127.0.0.1:9/v1", "chutes"))
+    assert not job.pools[0].price.unit_prices
+    with pytest.raises(ConfigError, match="cannot connect"):
+        run(job)
+    assert not (tmp_path / "out").exists()
+
+
+GOOD = {"prompt": 0.5, "completion": 2.85, "input_cache_read": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("pricing", "message"),
+    [
+        ({"prompt": 50_000, "completion": 50_000}, "comes to 0.05 USD for a single token"),
+        ({"prompt": 5e-7, "completion": 2e-6}, "in another unit than this feed is known for"),
+        ({"prompt": 500, "completion": 1}, "input costs more than 100 times the output"),
+        ({"prompt": 1, "completion": 1, "input_cache_read": 2}, "cached input is dearer"),
+        ({"prompt": -1, "completion": -1}, "is no price: '-1'"),
+        ({"prompt": True, "completion": 1}, "is no price: 'True'"),
+        ({"prompt": "free", "completion": 1}, "is no price: 'free'"),
+        ({"prompt": "NaN", "completion": 1}, "is no price: 'NaN'"),
+        ({"prompt": "1e999", "completion": 1}, "is no price: '1e999'"),
+        ({"prompt": {"usd": 1}, "completion": 1}, "is no price"),
+        ({"completion": 1}, "names no uncached input price"),
+        ({}, "names no uncached input price"),
+        ("cheap", "names no uncached input price"),
+        (None, "names no uncached input price"),
+    ],
+)
+def test_a_price_that_cannot_be_right_is_refused(tmp_path: Path, pricing: object, message: str) -> None:
+    """Wrong units, negative, missing and unreadable prices end the start with a message that says what to do."""
+    with Feed({"data": [{"id": "tiny", "pricing": pricing}]}) as feed:
+        said = refusal(tmp_path, live(f"{feed.url}/v1", "chutes"))
+    assert message in said
+    assert "pools[0].price.source" in said
+    assert "fallback" in said
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (Reply(status=500), "answers 500"),
+        (Reply(status=302, headers={"Location": "http://127.0.0.1:1/"}), "answers 302"),
+        (Reply(status=401, body=b"{}"), "asks for a key (401)"),
+        (Reply.garbage(), "sends no JSON"),
+        (Reply(body=b'"tiny"'), "sends no JSON object or list"),
+        (Reply(body=b"[" * 100_000), "sends no JSON"),
+        (Reply(cut="truncate", body=b'{"data": []}'), "the answer broke off"),
+        (Reply(cut="reset"), "the connection was lost"),
+        (Reply(body=b"{}"), "holds no list of models"),
+        (Reply(body=b'{"data": {"tiny": 1}}'), "holds no list of models"),
+        (Reply(body=b'{"data": [1, null, {"id": "tinny"}]}'), "does not name the model 'tiny'; did you mean 'tinny'?"),
+    ],
+)
+def test_a_feed_that_answers_garbage_ends_the_start_and_nothing_else(
+    tmp_path: Path, reply: Reply, message: str
+) -> None:
+    """Nothing that a feed sends is followed, and nothing hangs on it."""
+    with Feed(reply=reply) as feed:
+        assert message in refusal(tmp_path, live(f"{feed.url}/v1", "chutes"))
+
+
+def test_a_feed_has_limits_of_size_and_time() -> None:
+    """A body without end, or without beginning, is given up."""
+    with Feed([0] * 5000) as feed, pytest.raises(FeedError, match="more than 1,000 bytes"):
+        fetch_json(feed.url, max_bytes=1000)
+    with Feed(reply=Reply(delay_s=5, body=b"{}")) as feed, pytest.raises(FeedError, match=r"no answer within 0\.1 s"):
+        fetch_json(feed.url, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("url", ["ftp://host/", "http://host.example/", "https://u:p@host.example/", "https://[", "x"])
+def test_a_feed_is_asked_over_https_only(url: str) -> None:
+    """Plain http goes to this machine alone; an address holds no password."""
+    with pytest.raises(FeedError):
+        fetch_json(url)
+
+
+def test_what_is_written_down_of_an_address_holds_no_secret() -> None:
+    """User, password and query are left out of a price's source."""
+    assert bare("https://user:pass@host.example:8443/v1/models?api_key=abc#x") == "https://host.example:8443/v1/models"
+
+
+def test_the_key_goes_to_the_pools_own_provider_alone(tmp_path: Path) -> None:
+    """A feed at another address never sees it."""
+    document = {"data": [{"id": "tiny", "pricing": GOOD}]}
+    with Feed(document) as own, Feed(document) as other:
+        resolved(tmp_path, live(f"{own.url}/v1", "chutes"))
+        resolved(tmp_path, live(f"{own.url}/v1", "chutes", price={"url": f"{other.url}/prices"}))
+        assert own.calls[0].headers["authorization"] == "Bearer unremarkable"
+        assert "authorization" not in other.calls[0].headers
+
+
+def test_a_fallback_counts_where_the_feed_fails_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The start goes on at the written-down price, with a warning and the reason in the ledger's source."""
+    fallback = {"input": "0.50", "output": "2.85", "per": "1M tokens"}
+    with Feed(reply=Reply(status=503)) as feed, caplog.at_level(logging.WARNING, "bidbeam.prices"):
+        pool = resolved(tmp_path, live(f"{feed.url}/v1", "chutes", price={"fallback": fallback}))
+    assert pool.price.unit_prices == {"uncached_input": Decimal("5e-7"), "output": Decimal("0.00000285")}
+    assert pool.price.source.startswith("fallback of the pools file, for http://127.0.0.1:")
+    assert "answers 503; its fallback price counts" in caplog.text
+
+
+def test_a_feed_far_off_what_is_expected_is_not_believed(tmp_path: Path) -> None:
+    """A factor of more than a hundred is a mistake, whoever made it; less is a price that moved."""
+    with Feed({"data": [{"id": "tiny", "pricing": GOOD}]}) as feed:
+
+        def expect(price: str) -> dict[str, Any]:
+            told = {"input": price, "output": "2.00", "per": "1M tokens"}
+            return live(f"{feed.url}/v1", "chutes", price={"expect": told})
+
+        assert resolved(tmp_path, expect("0.01")).price.unit_prices["uncached_input"] == Decimal("5e-7")
+        assert "more than 100 times off" in refusal(tmp_path, expect("0.001"))
+        assert "more than 100 times off" in refusal(tmp_path, expect("60"))
+
+
+def test_models_of_different_prices_need_a_pool_each(tmp_path: Path) -> None:
+    """A pool has one schedule of prices."""
+    entries = [{"id": "tiny", "pricing": GOOD}, {"id": "big", "pricing": {**GOOD, "completion": 4}}]
+    with Feed({"data": entries}) as feed:
+        pool = live(f"{feed.url}/v1", "chutes", models=["tiny", "big"])
+        said = refusal(tmp_path, pool, models={"tiny": {}, "big": {}})
+    assert "'tiny' and 'big' have different prices there; make a pool for each" in said
+
+
+@pytest.mark.parametrize(
+    ("price", "message"),
+    [
+        ({"source": "live", "feed": "chuts"}, "there is no price feed 'chuts'"),
+        ({"source": "live", "input": "1"}, "stands beside source: live"),
+        ({"source": "live", "path": "a.csv"}, "does not belong to source: live"),
+        (
+            {"source": "live", "url": "http://host.example/"},
+            "price.url: the feed at host.example is asked in the clear",
+        ),
+        ({"source": "file"}, "price.path: is missing"),
+        ({"source": "list"}, "price.provider: is missing"),
+        ({"source": "live", "currency": "TAO"}, "there is no exchange rate for 'TAO'"),
+    ],
+)
+def test_a_source_that_cannot_be_right_is_refused_when_the_file_is_read(
+    tmp_path: Path, price: dict[str, Any], message: str
+) -> None:
+    """Without a word to any feed."""
+    pool = live("http://127.0.0.1:9/v1", "chutes") | {"price": price}
+    with pytest.raises(ConfigError) as caught:
+        job_of(tmp_path, pool)
+    assert message in str(caught.value)
+
+
+@pytest.fixture(params=["json", "yaml", "csv"])
+def price_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    rows = [
+        {"pool": "live", "input": "0.20", "output": "0.80", "per": "1M tokens", "valid_to": "2026-11-01"},
+        {"pool": "live", "input": "0.10", "output": "0.40", "per": "1M tokens", "valid_from": "2026-11-01"},
+        {"pool": "live", "input": "0.05", "output": "0.20", "per": "1M tokens", "valid_from": "2026-12-01"},
+        {"pool": "else", "input": "9", "output": "9", "per": "1M tokens"},
+    ]
+    path = tmp_path / f"prices.{request.param}"
+    if request.param == "csv":
+        names = ["pool", "input", "output", "per", "valid_from", "valid_to"]
+        lines = [",".join(names), *(",".join(row.get(name, "") for name in names) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    elif request.param == "json":
+        path.write_text(json.dumps({"prices": rows}))
+    else:
+        path.write_text("\n".join("- {" + ", ".join(f'{k}: "{v}"' for k, v in row.items()) + "}" for row in rows))
+    return path
+
+
+def test_a_file_of_dated_prices_gives_the_one_that_holds(tmp_path: Path, price_file: Path) -> None:
+    """JSON, YAML and CSV alike; of several the one begun last."""
+    pool = live("http://127.0.0.1:9/v1", "chutes") | {"price": {"source": "file", "path": price_file.name}}
+    price = resolved(tmp_path, pool).price
+    assert price.unit_prices["uncached_input"] == Decimal("1e-7")
+    assert price.valid_from == datetime(2026, 11, 1, tzinfo=UTC)
+    assert price.source == str(price_file)
+    assert resolved(tmp_path, pool, now=NOW - timedelta(days=30)).price.unit_prices["output"] == Decimal("8e-7")
+    assert resolved(tmp_path, pool, now=NOW + timedelta(days=30)).price.unit_prices["output"] == Decimal("2e-7")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", None, "cannot be read: No such file"),
+        ("p.json", None, "there is no such file"),
+        ("p.txt", "", "is no kind of file that is read here"),
+        ("p.csv", "pool,input\nlive,1,2\n", "more or fewer cells"),
+        ("p.csv", "pool,inptu,output,per\nlive,1,2,1M tokens\n", "unknown key"),
+        ("p.json", "[1]", "a list of prices"),
+        ("p.json", '{"pool": "else", "input": 1, "output": 1, "per": "1M tokens"}', "has no price of the pool 'live'"),
+        ("p.json", '{"input": 1, "output": 1, "per": "1M tokens", "valid_to": "2020-01-01"}', "no price holds now"),
+        ("p.json", '{"input": 100000, "output": 100000, "per": "1M tokens"}', "comes to 0.1 for a single token"),
+    ],
+)
+def test_a_file_without_a_price_that_holds_is_refused(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    """Missing, unreadable and expired prices say which file."""
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    pool = live("http://127.0.0.1:9/v1", "chutes") | {"price": {"source": "file", "path": name}}
+    said = refusal(tmp_path, pool)
+    assert message in said
+
+
+def test_prices_written_down_may_be_dated(tmp_path: Path) -> None:
+    """A list of them is a price that changes by itself; one that has ended is refused at the start."""
+    old = {"input": "0.20", "output": "0.80", "per": "1M tokens", "valid_to": "2026-11-01"}
+    new = {"input": "0.10", "output": "0.40", "per": "1M tokens", "valid_from": "2026-11-01"}
+    base = remote("live")
+    assert resolved(tmp_path, base | {"price": [old, new]}).price.unit_prices["output"] == Decimal("4e-7")
+    assert "no price holds now: the last one ended 2026-11-01 00:00 UTC" in refusal(tmp_path, base | {"price": old})
+    assert "the next one begins 2026-12-01" in refusal(tmp_path, base | {"price": {**new, "valid_from": "2026-12-01"}})
+    assert valid_at([resolve(job_of(tmp_path, base | {"price": new}), NOW).pools[0].price], NOW)
+
+
+def test_an_hour_becomes_the_price_of_a_token_by_measured_throughput(tmp_path: Path) -> None:
+    """A remote machine that is rented by the hour: the hour / what it serves in one, half-even at 15 places."""
+    pool = remote("live", price={"per": None}, capacity={"tokens_per_second": 2400}) | {
+        "price": {"accelerator_hour": "1.408"}
+    }
+    price = resolved(tmp_path, pool).price
+    token = Decimal("0.000000162962963")
+    assert price.unit_prices == {"uncached_input": token, "cached_input": Decimal(0), "output": token}
+    assert price.source == "pools file: '1.408' an hour at 2400 tokens a second"
+
+
+def test_a_published_list_prices_a_pool(tmp_path: Path) -> None:
+    """Dated prices of a maintained package, the batch price where the pool is a batch API."""
+    pool = remote("live", models={"tiny": "gemini-2.5-flash"}) | {"price": {"source": "list", "provider": "vertex"}}
+    price = resolved(tmp_path, pool).price
+    assert price.unit_prices["uncached_input"] > 0
+    assert price.source.startswith("genai-prices ")
+    assert f"as of {DAY}" in price.source
+    unknown = remote("live") | {"price": {"source": "list", "provider": "vertex"}}
+    assert "vertex lists no price of 'tiny'" in refusal(tmp_path, unknown)
+
+
+def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) -> None:
+    """The cheapest free machine of the kind, in dollars for one accelerator."""
+    machines = [
+        machine("h200-8x", "H200", 8, 17.6, 1),
+        machine("h200-1x", "H200", 1, 2.5, 2),
+        machine("h200-2x", "H200", 2, 2.0, 0),
+    ]
+    models = {"tiny": {"source": "package:none"}}
+    with TargonFront(machines) as front:
+
+        def hour(name: str) -> dict[str, Any]:
+            return by_the_hour("near", price={"source": "live", "feed": "targon", "url": front.url, "machine": name})
+
+        price = resolved(tmp_path, hour("H200"), models=models).price
+        assert price.unit_prices["accelerator_second"] == per_second(Decimal("2.2"))
+        assert price.by_time
+        assert price.source == f"targon h200-8x {front.url}"
+        assert "all are taken" in refusal(tmp_path, hour("h200-2x"), models=models)
+        assert "Targon offers no 'b200' now" in refusal(tmp_path, hour("b200"), models=models)
+
+
+_JSONS: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.decimals() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["data", "id", "price", "pricing", "input", "prompt", "usd", "m"]), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(_JSONS, st.sampled_from(sorted(SHAPES)), st.none() | st.text(max_size=4))
+def test_whatever_a_feed_holds_is_a_price_or_a_refusal(document: Any, shape: str, served_by: str | None) -> None:
+    """No document makes the reader fail in any other way."""
+    try:
+        prices, _ = read_prices(document, SHAPES[shape], "usd/token", "m", served_by=served_by)
+        check_plausible(prices, Decimal(1))
+    except FeedError:
+        return
+    assert all(price >= 0 for price in prices.values())

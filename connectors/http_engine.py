@@ -230,8 +230,7 @@ class HttpEngine:
         except SamplingError as error:
             return failure("caller", str(error))
         if messages is None and not self._endpoint.profile.takes_raw:
-            # Of all that is left to send here, nothing will fare better.
-            return failure("auth_funds", f"profile {self._endpoint.profile.name} takes chats only, no raw prompts")
+            return _UNSENT
         body = request_body(
             self._endpoint.profile,
             self._model,
@@ -249,6 +248,8 @@ class HttpEngine:
     def _take(self, jobs: list[_Job], refused: list[_Settled]) -> None:
         self._queue.extend(jobs)
         self._hand_out(refused)
+        if any(each.outcome is _UNSENT for each in refused):
+            self._fall(f"profile {self._endpoint.profile.name} takes chats only, no raw prompts")
         if self._down:
             self._drop_queue()
         self._pump()

@@ -54,7 +54,7 @@ def google_tokens(scope: str, where: str, key_file: str | None = None) -> TokenS
         try:
             if not held:
                 held.append(
-                    Credentials.from_service_account_file(key_file, scopes=[scope])
+                    Credentials.from_service_account_file(key_file, scopes=[scope])  # type: ignore[no-untyped-call]
                     if key_file
                     else google.auth.default(scopes=[scope])[0]
                 )

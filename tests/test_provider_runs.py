@@ -1,0 +1,86 @@
+"""Whole runs bought from every provider through its profile: a real vLLM server behind each one's wire-true front."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from provider_fronts import PRICES, standing
+from small_jobs import DAY, check_conserved, prompts, remote, total, write_job, written
+from tiny_model import tiny_model
+from vllm_server import Starting, VllmServer
+
+from bidbeam.pipelines.job import Job
+from bidbeam.pipelines.progress import NullProgress
+from bidbeam.pipelines.run import run_job
+
+pytestmark = pytest.mark.engine
+
+CORES = sorted(os.sched_getaffinity(0))
+ROWS = 12
+MILLION = Decimal(1_000_000)
+SYSTEMS = ("openrouter", "chutes", "prime", "pai3", "azure", "vertex", "sagemaker")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[VllmServer]:
+    starting = Starting(tiny_model(), ["tiny"], {"block_size": 32, "max_num_seqs": 8}, cores=CORES)
+    try:
+        yield starting.ready()
+    finally:
+        starting.stop()
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, dict[str, str]]:
+    """By system, what each run answered; greedy answers of one engine are one."""
+    return {}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_run_buys_from(
+    system: str, server: VllmServer, answers: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row is answered through the profile; ledger, provider's books and the server's own counters agree."""
+    with standing(system, server.base_url, "tiny", tmp_path, monkeypatch) as place:
+        price = {name: str(value) for name, value in PRICES.items()}
+        pool = remote(system, **{**place.pool, "price": price, "placement": {"operator": "cloud"}})
+        path = write_job(
+            tmp_path,
+            prompts(ROWS),
+            [pool],
+            models={"tiny": {"source": tiny_model()}},
+            placement={"operators": ["cloud"]},
+        )
+        job = Job.from_yaml(path, run_date=DAY)
+        before = server.counters()
+        summary = run_job(job, rehearse=False, beam_options=[], progress=NullProgress())
+        after = server.counters()
+        front = place.front
+    assert (summary.exit_code, front.refused) == (0, 0)
+    found = written(job)
+    check_conserved(found, ROWS)
+    attempts = found.attempts
+    assert {(a["pool"], a["status"], a["kind"], a["usage_source"]) for a in attempts} == {
+        (system, "ok", "primary", "reported")
+    }
+    books = {each.answer_id: each for each in front.served}
+    assert {a["provider_request_id"] for a in attempts} == books.keys()
+    for a in attempts:
+        theirs = books[a["provider_request_id"]]
+        assert (a["input_tokens"], a["cached_tokens"], a["output_tokens"]) == (
+            theirs.prompt_tokens, theirs.cached_tokens, theirs.completion_tokens,
+        )  # fmt: skip
+        assert a["provider_cost"] == (theirs.cost if front.kind.tells_cost else None)
+    booked = {name: sum(a[name] for a in attempts) for name in ("input_tokens", "cached_tokens", "output_tokens")}
+    assert {name: after[name] - before[name] for name in booked} == booked
+    assert total(found.rows("charges")) == sum((each.cost or Decimal(0) for each in front.served), Decimal(0))
+    answers[system] = {row["request_id"]: row["output"] for row in found.outputs.to_pylist()}
+    assert all(answers[system].values())
+    assert answers[system] == next(iter(answers.values()))
+    for file in tmp_path.rglob("*"):
+        content = file.read_bytes() if file.is_file() and file.name != "account.json" else b""
+        assert not any(secret in content for secret in (b"planted", b"ya29.", b"sagemaker-api-key")), file

@@ -86,11 +86,15 @@ def read_pools(pools: Node, models: Node | None, fx: Node | None, directory: str
 
 
 def check_keys(pools: tuple[PoolSpec, ...]) -> None:
-    """Whether every key is where its pool says. Raises ConfigError that names the variable or file, never the key."""
-    from bidbeam.connectors.secrets import read_key
+    """Whether what lets requests in is to be had for every remote pool: keys are read, tokens fetched once.
+
+    Raises ConfigError that names the variable, file or package, never the key.
+    """
+    from bidbeam.connectors.credentials import check_credentials
 
     for spec in pools:
-        read_key(spec)
+        if spec.kind != "vllm":
+            check_credentials(spec)
 
 
 def _models(node: Node, directory: str) -> dict[str, ModelSpec]:
@@ -135,7 +139,7 @@ def _pool(
     )
     if kind == "vllm":
         _check_sources(fields, models, declared)
-    profile, labels = _profile(fields)
+    profile = _profile(fields)
     capacity = fields.read("capacity", _capacity, Capacity())
     price, source = read_price(
         fields.need("price", "what it costs"),
@@ -147,6 +151,9 @@ def _pool(
         directory=directory,
     )
     remote = kind != "vllm"
+    base_url = _base_url(fields) if remote else None
+    options = _options(fields, profile, base_url) if remote else {}
+    labels = _labels(profile, options, base_url) if remote else {}
     spec = PoolSpec(
         name=name,
         kind=kind,
@@ -157,20 +164,20 @@ def _pool(
         accelerator=fields.maybe("accelerator", text_of),
         engine=fields.read("engine", lambda entry: plain_map_of(entry, float), {}),
         profile=profile,
-        base_url=_base_url(fields) if remote else None,
+        base_url=base_url,
         api_key_env=fields.maybe("api_key_env", _variable),
         api_key_file=_key_file(fields, directory),
         context=fields.maybe("context", lambda entry: whole_of(entry, 1, 2**31 - 1)),
         headers=fields.read("headers", text_map_of, {}),
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
-        options=_options(fields, profile) if remote else {},
+        options=options,
     )
     return spec, source
 
 
-def _options(fields: Fields, name: str | None) -> dict[str, Any]:
-    """The pool's ``options``: those that its profile knows, and all that it needs."""
-    from bidbeam.connectors.profiles import profile
+def _options(fields: Fields, name: str | None, base_url: str | None) -> dict[str, Any]:
+    """The pool's ``options``: those that its profile knows, with values that fit, and all that it needs."""
+    from bidbeam.connectors.profiles import needed_options, option_problem, profile
 
     chosen = profile(name)
     node = fields.get("options")
@@ -179,11 +186,21 @@ def _options(fields: Fields, name: str | None) -> dict[str, Any]:
     for key, entry in (node.entries if node is not None else {}).items():
         if key not in chosen.options:
             raise fault(entry, f"is no option of profile {chosen.name}", known, nearest(key, chosen.options))
-    for key in chosen.needs:
+        problem = None if entry.is_null else option_problem(chosen, key, given[key])
+        if problem is not None:
+            raise fault(entry, *problem, nearest(str(given[key]), chosen.choices.get(key, ())))
+    for key in needed_options(chosen, base_url):
         if given.get(key) in (None, ""):
             problem = f"profile {chosen.name} needs options.{key}"
             raise fault(node or fields.node, problem, f"{key}: {chosen.options[key]}")
-    return given
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _labels(name: str | None, options: Mapping[str, Any], base_url: str | None) -> Mapping[str, Any]:
+    """What the profile declares of where prompts go."""
+    from bidbeam.connectors.profiles import resolved
+
+    return resolved(name, options, base_url).labels
 
 
 def _kind(fields: Fields) -> PoolKind:
@@ -228,17 +245,17 @@ def _check_sources(fields: Fields, models: Mapping[str, str], declared: Mapping[
             )
 
 
-def _profile(fields: Fields) -> tuple[str | None, Mapping[str, Any]]:
+def _profile(fields: Fields) -> str | None:
     node = fields.get("profile")
     if node is None:
-        return None, {}
+        return None
     from bidbeam.connectors.profiles import profile
 
     try:
         found = profile(text_of(node))
     except ConfigError as error:
         raise fault(node, error.problem, error.expected, error.nearest) from None
-    return found.name, found.labels
+    return found.name
 
 
 def _base_url(fields: Fields) -> str | None:

@@ -25,6 +25,7 @@ REQUEST_FIELDS: dict[str, pa.DataType] = {
     "tokens": pa.list_(pa.int32()),  # prompt token ids, chat template applied
     "messages": pa.large_string(),  # chat: JSON list of {role, content}; null where the request is raw
     "prompt": pa.large_string(),  # raw: the text as it is; null where the request is a chat
+    "key": pa.binary(16),  # the request's content key; and so all else that the request's books know of it
     "prefix_id": pa.dictionary(pa.int32(), pa.string()),  # names the prefix that neighbours share; null: none
 }
 
@@ -88,4 +89,29 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees everything, processes included. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Lasting(Engine, Protocol):
+    """An engine whose work outlives this process: what it sent goes on, and whoever comes next takes it over.
+
+    ``in_flight`` counts, beside requests, what was taken over and nobody asks for, until ``strays`` has given it.
+    """
+
+    def gathered(self) -> None:
+        """Says that no more requests come for now: what was gathered is sent. Called often."""
+        ...
+
+    def strays(self) -> list[tuple[pa.RecordBatch, pa.RecordBatch]]:
+        """What came back of rows that nobody asks for any more, to be booked all the same: requests as settling takes
+        them (with the identity of the attempt that sent them, and no tag), and their results row by row."""
+        ...
+
+    def booked(self) -> None:
+        """Says that everything handed out so far is in the journal for good."""
+        ...
+
+    def leave(self) -> None:
+        """Forgets everything in flight without cancelling it: it goes on, and is not returned any more."""
         ...

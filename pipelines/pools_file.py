@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bidbeam.connectors.batch_options import BATCH_OPTIONS, read_options
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.pools import Capacity, ModelSpec, PoolKind, PoolSpec
 from bidbeam.pipelines.config_check import (
@@ -152,7 +153,7 @@ def _pool(
     )
     remote = kind != "vllm"
     base_url = _base_url(fields) if remote else None
-    options = _options(fields, profile, base_url) if remote else {}
+    options = _options(fields, kind, profile, base_url) if remote else {}
     labels = _labels(profile, options, base_url) if remote else {}
     spec = PoolSpec(
         name=name,
@@ -172,20 +173,41 @@ def _pool(
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
         options=options,
     )
+    if kind == "lease":
+        _check_lease(fields, spec)
     return spec, source
 
 
-def _options(fields: Fields, name: str | None, base_url: str | None) -> dict[str, Any]:
+def _check_lease(fields: Fields, spec: PoolSpec) -> None:
+    from bidbeam.connectors.lease_terms import LeaseTerms
+
+    try:
+        LeaseTerms.of(spec)
+    except ConfigError as error:
+        leaf = (error.key or "").rpartition(".")[2]
+        options = fields.get("options")
+        at = options.entries.get(leaf) if options is not None else None
+        raise fault(at or fields.get(leaf) or options or fields.node, error.problem, error.expected) from None
+
+
+def _options(fields: Fields, kind: PoolKind, name: str | None, base_url: str | None) -> dict[str, Any]:
     """The pool's ``options``: those that its profile knows, with values that fit, and all that it needs."""
     from bidbeam.connectors.profiles import needed_options, option_problem, profile
 
     chosen = profile(name)
     node = fields.get("options")
-    known = ", ".join(chosen.options) or "none: leave options out"
+    of_kind = BATCH_OPTIONS if kind == "batch" else {}
+    options = {**chosen.options, **of_kind}
+    known = ", ".join(options) or "none: leave options out"
     given = {} if node is None else plain_map_of(node, str)
     for key, entry in (node.entries if node is not None else {}).items():
-        if key not in chosen.options:
-            raise fault(entry, f"is no option of profile {chosen.name}", known, nearest(key, chosen.options))
+        if key not in options:
+            raise fault(entry, f"is no option of profile {chosen.name}", known, nearest(key, options))
+        if key in of_kind and not entry.is_null:
+            try:
+                read_options({key: given[key]})
+            except ConfigError as error:
+                raise fault(entry, error.problem, error.expected) from None
         problem = None if entry.is_null else option_problem(chosen, key, given[key])
         if problem is not None:
             raise fault(entry, *problem, nearest(str(given[key]), chosen.choices.get(key, ())))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -15,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.pvalue import AsList, PCollection, TaggedOutput
 
+from bidbeam.connectors.lease_terms import LeaseTerms
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.schemas import LOTS
 from bidbeam.transforms import decisions
+from bidbeam.transforms.adopting import adopt, with_adopted
 from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_state
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
@@ -78,20 +81,38 @@ class _Clear(beam.DoFn):
     ) -> Iterator[ShiftTask | TaggedOutput[str, Any]]:
         with reported(self._context):
             found = [table for table in lots if table.num_rows]
-            if not found:
+            if not found and not self._may_adopt(round_):
                 return
             decision = decisions.load(self._context, round_)
             if decision is None:
-                ordered = pa.concat_tables(found).sort_by([("range", "ascending"), ("start", "ascending")])
+                ordered = pa.concat_tables(found or [LOT.empty_table()])
+                ordered = ordered.sort_by([("range", "ascending"), ("start", "ascending")])
                 spent = self._context.spent + spent_on(segments)
-                decision = decisions.keep(
-                    self._context, decide(self._context, round_, ordered, spent, datetime.now(UTC))
-                )
+                decision = self._decide(round_, ordered, spent)
+                if decision is None:
+                    return
+                decision = decisions.keep(self._context, decision)
             yield from decision.tasks
             if decision.waiting.num_rows:
                 yield TaggedOutput(_WAITING, decision.waiting)
             if decision.refused.num_rows:
                 yield TaggedOutput(_REFUSED, decision.refused)
+
+    def _may_adopt(self, round_: int) -> bool:
+        """Whether an earlier start can have left something at a provider."""
+        return round_ == 1 and self._context.start > 1
+
+    def _decide(self, round_: int, lots: pa.Table, spent: Decimal) -> Decision | None:
+        """The round's decision; None where there is nothing to decide on."""
+        context = self._context
+        adopted = None
+        if self._may_adopt(round_):
+            lots, adopted = adopt(context, lots, partial(_terms_by_name, context))
+            spent += adopted.reserved if adopted is not None else Decimal(0)
+        decision = decide(context, round_, lots, spent, datetime.now(UTC)) if lots.num_rows else None
+        if adopted is None:
+            return decision
+        return with_adopted(context, round_, decision, adopted, partial(_terms_by_name, context), lots_table)
 
 
 def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
@@ -178,6 +199,10 @@ def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None]) -
     )
 
 
+def _terms_by_name(context: RunContext, pool: str, model: str) -> Terms:
+    return terms_of(context, next(spec for spec in context.pools if spec.name == pool), model)
+
+
 def terms_of(context: RunContext, spec: PoolSpec, model: str) -> Terms:
     """The terms of one pool and model, frozen for this start."""
     quote = context.fx.get(spec.price.currency)
@@ -217,7 +242,7 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
                     replica=replica,
                     lots=offered.take(pa.array(part)),
                     terms={model: terms[name, model] for model in spec.models},
-                    reserved_ms=round(((seconds or 0.0) / engines + held_s(round_)) * 1000) if walled else None,
+                    reserved_ms=round(((seconds or 0.0) / engines + held_s(round_, spec)) * 1000) if walled else None,
                 )
             )
     by_time = [state.spec.price.by_time for state in cleared.bids.pools]
@@ -241,8 +266,13 @@ def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[in
     return [part for part in cut if part]
 
 
-def held_s(round_: int) -> float:
-    """Seconds of each engine that a budget holds back in a round for what no lot's bill covers: loading and idling."""
+def held_s(round_: int, spec: PoolSpec) -> float:
+    """Seconds of each engine that a budget holds back in a round for what no lot's bill covers: loading and idling.
+
+    A node is rented anew in every round, and given back before it takes longer than this.
+    """
+    if spec.kind == "lease":
+        return LeaseTerms.of(spec).held_s
     return _SETUP_HELD_S if round_ == 1 else _IDLE_HELD_S
 
 
@@ -261,7 +291,7 @@ def _afford_engines(
         if not price.by_time:
             continue
         rate = context.fx_rates.get(price.currency, Decimal(1))
-        seconds = Decimal(held_s(round_)) * state.spec.capacity.workers
+        seconds = Decimal(held_s(round_, state.spec)) * state.spec.capacity.workers
         cost = price.unit_prices["accelerator_second"] * seconds * rate
         if held + cost <= budget:
             held += cost

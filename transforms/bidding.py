@@ -105,7 +105,9 @@ def prior_state(
 
 
 def _turnaround_s(spec: PoolSpec) -> float:
-    """What the pool declares: how long a node takes to come up."""
+    """What the pool declares: how long a batch may wait its turn, or how long a node takes to come up."""
+    if spec.kind == "batch":
+        return read_options(spec.options).window_s
     return LeaseTerms.of(spec).turnaround_s if spec.kind == "lease" else 0.0
 
 
@@ -211,8 +213,9 @@ def speed_of(lots: LotColumns, pool: PoolState) -> Floats:
 def _engine_milliseconds(lots: LotColumns, tokens: Ints, pool: PoolState) -> Ints:
     """Milliseconds of all the pool's engines together, rounded up."""
     engines = max(pool.spec.capacity.workers, 1)
+    fast = pool.spec.accelerator is not None or pool.spec.kind == "lease"
     speed = np.nan_to_num(
-        speed_of(lots, pool), nan=engines * DEFAULT_TOKENS_PER_SECOND[pool.spec.accelerator is not None]
+        speed_of(lots, pool), nan=engines * DEFAULT_TOKENS_PER_SECOND[fast]
     )
     milliseconds: Ints = np.ceil(tokens * (1000.0 * engines / speed)).astype(np.int64)
     return milliseconds

@@ -136,13 +136,6 @@ class Door:
         reusable = cacheable_tokens(shared_with_previous(order, places), lengths, block)
         if ideal:
             columns["ideal_cached_tokens"] = pa.array(reusable.astype(np.int32))
-        requests = pa.RecordBatch.from_arrays(
-            [
-                a.cast(REQUEST_FIELDS[k]) if k in REQUEST_FIELDS and a.type != REQUEST_FIELDS[k] else a
-                for k, a in columns.items()
-            ],
-            names=list(columns),
-        )
         attempt_no = int(str(lot["attempt_no"]))
         info = pa.RecordBatch.from_pydict(
             {
@@ -160,6 +153,15 @@ class Door:
                 "n": _array(spilled, "n").cast(pa.int16()),
                 "ideal_cached_tokens": pa.array(reusable.astype(np.int32)),
             }
+        )
+        # An engine that outlives this process keeps the books of what it sent itself.
+        columns |= {name: info.column(name) for name in info.schema.names if name in wants - columns.keys()}
+        requests = pa.RecordBatch.from_arrays(
+            [
+                a.cast(REQUEST_FIELDS[k]) if k in REQUEST_FIELDS and a.type != REQUEST_FIELDS[k] else a
+                for k, a in columns.items()
+            ],
+            names=list(columns),
         )
         return LotRequests(str(lot["lot_id"]), requests, info)
 

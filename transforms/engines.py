@@ -147,7 +147,7 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
         return Slot(engine, setup)
     if spec.kind == "batch":
         from bidbeam.connectors.batch_engine import BatchEngine
-        from bidbeam.transforms.adopting import batches_of, booked_rows
+        from bidbeam.transforms.batches import batches_of, booked_rows
 
         return Slot(
             BatchEngine(

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.engine import RESULT_SCHEMA, Engine
+from bidbeam.connectors.engine import RESULT_SCHEMA, Engine, Lasting
 from bidbeam.connectors.errors import ModelError, PoolDown
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
@@ -155,6 +155,8 @@ class Lane:
                 self.submitted += part.num_rows
                 if self._at >= self._opened.requests.num_rows:
                     self._opened = None
+            if not self.waiting and isinstance(self.engine, Lasting):
+                self.engine.gathered()
         except (ModelError, PoolDown) as error:
             self.mark_down(str(error))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,22 @@ def lots_of_places(
             }
         )
     return pa.Table.from_pylist(rows, schema=LOT)
+
+
+def part_of_lot(context: RunContext, lot: Mapping[str, Any], order: pa.Table, places: Int64s) -> dict[str, Any]:
+    """The row of a LOT table for some places of a lot, ascending, with its other columns as they are."""
+    here = order.take(pa.array(places))
+    tokens = here.column("input_tokens").to_numpy().astype(np.int64)
+    answer = here.column("max_tokens").to_numpy().astype(np.int64)
+    output = answer * here.column("n").to_numpy().astype(np.int64)
+    block = context.models[lot["model"]].cache_block
+    return {
+        **{field.name: lot[field.name] for field in LOT},
+        **lot_statistics(tokens, answer, output, shared_with_previous(order, places), block),
+        "start": int(places[0]),
+        "end": int(places[-1]) + 1,
+        "places": places.astype("<u4").tobytes(),
+    }
 
 
 def lot_statistics(tokens: Int64s, answer: Int64s, output: Int64s, shared: Int64s, block: int) -> dict[str, int]:

@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.engine import Engine
+from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
 from bidbeam.transforms import dispatch, heartbeat, stopping
+from bidbeam.transforms.batches import settle_strays
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
 from bidbeam.transforms.journal import (
@@ -38,8 +39,8 @@ from bidbeam.transforms.journal import (
     write_segment,
 )
 from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
-from bidbeam.transforms.lots import LOT, lot_statistics
-from bidbeam.transforms.order import read_order, shared_with_previous
+from bidbeam.transforms.lots import LOT, part_of_lot
+from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
@@ -81,6 +82,8 @@ class ShiftTask:
     """Terms of (pool, model) pairs that lots may be handed to."""
     reserved: Decimal | None = None
     """USD that this round may cost on pools paid by the token; None: there is no budget."""
+    adopts: tuple[tuple[str, str], ...] = ()
+    """(pool, model) pairs that have batches of an earlier start: waited for, whether or not they are awarded a lot."""
 
     @property
     def prefix(self) -> str:
@@ -172,6 +175,9 @@ class Shift:
             yield from self._flush(final=True)
             for slot in self._slots.values():
                 slot.booked()
+            for lane in self._lanes.values():
+                if isinstance(lane.engine, Lasting):
+                    lane.engine.booked()
             beat()
         if self._dispatches:
             dispatch.close(self._context.journal, self._context.scratch_name, self._task.prefix)
@@ -212,6 +218,8 @@ class Shift:
                 lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
                 lane.queue.append(lot)
                 self._lots[lot["lot_id"]] = lot
+        for pool, model in self._task.adopts:
+            self._lane(pool, model, 0, self._task.runner_up_terms[pool, model], None)
         if self._failed_before is not None:
             self._note_failures(self._failed_before)
         for key, lane in list(self._lanes.items()):
@@ -254,7 +262,7 @@ class Shift:
     def _announcer(self, slot: Slot, terms: Terms) -> Callable[[pa.RecordBatch], Future[None]] | None:
         """How a lane writes down what it is about to send. A rehearsal sends nothing; some engines keep their own
         journal, because what they have sent outlives us."""
-        if self._context.rehearse or getattr(slot.engine, "keeps_journal", False):
+        if self._context.rehearse or isinstance(slot.engine, Lasting):
             return None
 
         def announce(requests: pa.RecordBatch) -> Future[None]:
@@ -349,21 +357,28 @@ class Shift:
                 return time.monotonic() + _GRACE_S
             if time.monotonic() >= stop_at:
                 for lane in self._lanes.values():
-                    if lane.engine_in_flight:
+                    if isinstance(lane.engine, Lasting):
+                        lane.engine.leave()
+                    elif lane.engine_in_flight:
                         lane.engine.cancel()
                 return time.monotonic() + _GRACE_S
         return stop_at
 
     def _stop(self, lane: Lane, why: str) -> None:
         lane.stopped = why
+        if isinstance(lane.engine, Lasting):
+            if why == "interrupted":
+                lane.engine.leave()
+            else:
+                lane.engine.cancel()
         self._hand_over(lane)
 
     def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
         parts, terms = [], {}
         for lane in self._lanes.values():
-            rows = lane.settle(final=final)
-            if rows is not None:
-                parts.append(rows)
+            settled = lane.settle(final=final), settle_strays(lane.engine, lane.terms)
+            if any(rows is not None for rows in settled):
+                parts += [rows for rows in settled if rows is not None]
                 terms[lane.terms.price.price_id, lane.model] = lane.terms
         if not parts:
             if final:
@@ -424,19 +439,9 @@ class Shift:
             orders[lot["range"]] = read_order(self._context, lot["range"])
         order = orders[lot["range"]]
         places = np.unique(np.concatenate(left.tags)) & 0xFFFFFFFF
-        here = order.take(pa.array(places))
-        tokens = here.column("input_tokens").to_numpy().astype(np.int64)
-        answer = here.column("max_tokens").to_numpy().astype(np.int64)
-        output = answer * here.column("n").to_numpy().astype(np.int64)
-        block = self._context.models[lot["model"]].cache_block
-        statistics = lot_statistics(tokens, answer, output, shared_with_previous(order, places), block)
         return {
-            **{field.name: lot[field.name] for field in LOT},
-            **statistics,
+            **part_of_lot(self._context, lot, order, places),
             "round": self._task.round + 1,
-            "start": int(places[0]),
-            "end": int(places[-1]) + 1,
-            "places": places.astype("<u4").tobytes(),
             "attempt_no": lot["attempt_no"] + (1 if tried else 0),
             "last_error": left.why,
             "failed_on": sorted({*(lot["failed_on"] or ()), *left.pools}),

@@ -1,0 +1,60 @@
+"""What a run has at providers' batch APIs, and the books of what comes back of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.batch_journal import BatchJournal, Intent
+from bidbeam.connectors.engine import Engine, Lasting
+from bidbeam.transforms.compaction import kept_answers
+from bidbeam.transforms.journal import list_segments
+from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.settling import Terms, book_lost, settle
+
+_DIRECTORY = "batches"
+
+
+def batches_of(context: RunContext) -> BatchJournal:
+    """Where this run writes down what it has at providers."""
+    return BatchJournal(context.journal.child(_DIRECTORY))
+
+
+def booked_rows(context: RunContext, intent: Intent) -> npt.NDArray[np.bool_]:
+    """Which rows of a batch (bool[n]) stand in the journal: attempts on its pool, at its key, begun when it was."""
+    found: Counter[bytes] = Counter()
+    for name in (*kept_answers(context), *list_segments(context.journal)):
+        with context.journal.open_input(name) as source:
+            schema = pa.ipc.open_file(source).schema
+        wanted = [schema.get_field_index(column) for column in ("key", "pool", "started_at")]
+        with context.journal.open_input(name) as source:
+            rows = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=wanted)).read_all()
+        mine = pc.and_(
+            pc.equal(rows.column("pool").cast(pa.string()), intent.pool), pc.equal(rows.column("started_at"), intent.at)
+        )
+        found.update(rows.column("key").filter(mine).drop_null().to_pylist())
+    booked = np.zeros(intent.rows.num_rows, np.bool_)
+    for row, key in enumerate(intent.rows.column("key").to_pylist()):
+        if found[key]:
+            found[key] -= 1
+            booked[row] = True
+    return booked
+
+
+def settle_strays(engine: Engine, terms: Terms) -> pa.Table | None:
+    """SEGMENT rows, without a tag, of what came back to an engine and nobody asks for any more; None of nothing."""
+    if not isinstance(engine, Lasting):
+        return None
+    parts: list[pa.RecordBatch] = []
+    for requests, results in engine.strays():
+        unknown = pc.and_(pc.equal(results.column("status"), "cancelled"), pc.is_null(results.column("input_tokens")))
+        lost, known = results.filter(unknown), results.filter(pc.invert(unknown))
+        if lost.num_rows:
+            parts.append(book_lost(requests.filter(unknown), terms, lost.column("finished_at")[0].as_py()))
+        if known.num_rows:
+            parts.append(settle(requests.filter(pc.invert(unknown)), known, terms, accelerator_ms=None))
+    return pa.Table.from_batches(parts).unify_dictionaries() if parts else None

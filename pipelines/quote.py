@@ -36,6 +36,7 @@ def quote_job(job: Job, *, rehearse: bool = False, now: datetime | None = None) 
     Rests on what the ledger's earlier runs showed of the pools. Raises UsageError as the run itself would.
     """
     started_at = now or datetime.now(UTC)
+    job = resolve(job, started_at)
     check_fx(job, started_at)
     with tempfile.TemporaryDirectory(prefix="bidbeam-quote-") as scratch, ThreadPoolExecutor(4) as workers:
         models = prepare_models(job, workers)
@@ -183,11 +184,11 @@ def _baseline(context: RunContext, lots: pa.Table, bids: pa.Table, awards: pa.Ta
         strict=True,
     ):
         if (lot, pool) in pairs:
-            price = context.baseline.cached_input
+            baseline = context.baseline.of(models[lot])
+            if baseline is None:
+                return None
+            price = baseline.cached_input
             reused = cached if price is not None else 0
-            total += (
-                (inputs[lot] - reused) * context.baseline.input
-                + reused * (price or 0)
-                + output * context.baseline.output
-            )
+            total += (inputs[lot] - reused) * baseline.input + reused * (price or 0) + output * baseline.output
+            total += requests[lot] * (baseline.request or 0)
     return total

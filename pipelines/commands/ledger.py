@@ -23,6 +23,7 @@ def _ledger() -> None:
     """Query a ledger."""
 
 
+RunOption = Annotated[str | None, typer.Option("--run", metavar="RUN_ID", help="Default: every run of the ledger.")]
 RehearsalsOption = Annotated[bool, typer.Option("--rehearsals", help="The rehearsals' ledger instead.")]
 
 
@@ -78,3 +79,24 @@ def shell(
     from bidbeam.pipelines.shell import run_shell
 
     return run_shell(ledger, rehearsals=rehearsals, storage=options)
+
+
+@app.command("verify")
+def verify(
+    context: typer.Context,
+    ledger: LedgerArgument,
+    run: RunOption = None,
+    rehearsals: RehearsalsOption = False,
+    storage: StorageOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Recompute every charge, sum and commitment from the files. Exits with 1 where something does not add up."""
+    refuse_beam_options(context)
+    options = read_storage(storage)
+
+    from bidbeam.pipelines.jsonable import jsonable, to_json
+    from bidbeam.pipelines.verify import verification_text, verify_ledger
+
+    found = verify_ledger(ledger, run_id=run, rehearsals=rehearsals, storage=options)
+    print(to_json({"ok": found.ok, **jsonable(found)}) if json else verification_text(found))
+    return 0 if found.ok else 1

@@ -75,8 +75,6 @@ class BatchEngine:
     """
 
     wants: frozenset[str] = frozenset({"messages", "prompt", *INTENT_ROWS.names}) - {"custom_id"}
-    keeps_journal = True
-    """Nobody else has to write down what it sends."""
 
     def __init__(
         self,
@@ -273,7 +271,9 @@ class BatchEngine:
             if isinstance(body, Outcome):
                 refused.append(_Settled(row["tag"], at, at, body))
                 continue
-            target = self._claim(row["key"]) or self._room_for(chat, len(body) + _LINE_MORE, requests)
+            target = self._claim(row["key"])
+            if target is None:
+                target = self._room_for(chat, len(body) + _LINE_MORE, requests)
             name = custom_id(row["key"], self._seed, target.occurrence(row["key"]))
             route = f"{self._route}/{'chat/completions' if chat else 'completions'}"
             target.add(index, row["tag"], row["key"], name, request_line(name, route, body))

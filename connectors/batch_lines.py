@@ -119,7 +119,7 @@ def read_line(
             return Line(name, Outcome("failed", "bad_output", "the line has no status"))
         return Line(name, answer(status, response.get("body") if wrapped else response, response.get("request_id")))
     code = error.get("code") if isinstance(error, dict) else None
-    if code in NOT_RUN:
+    if isinstance(code, str) and code in NOT_RUN:
         return Line(name, Outcome("failed", "timeout", "the batch ended before this request was run"), not_run=True)
     if error:
         told = error if isinstance(error, dict) else {"message": str(error)}

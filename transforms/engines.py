@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from bidbeam.connectors import registry
-from bidbeam.connectors.engine import Engine
+from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.connectors.errors import Interrupted, ModelError
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.transforms import stopping
@@ -74,7 +74,9 @@ class Slot:
         return cast(AcceleratorMeter, self._meter)
 
     def booked(self) -> None:
-        """The journal has all of its time so far."""
+        """The journal has everything that came of it so far."""
+        if isinstance(self.engine, Lasting):
+            self.engine.booked()
 
     def close(self) -> None:
         self.engine.close()

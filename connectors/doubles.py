@@ -10,8 +10,10 @@ It answers like a vLLM server, counts tokens by words, and can be scripted to fa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import select
 import socket
 import struct
 import threading
@@ -24,6 +26,8 @@ from typing import Any, Literal
 
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "ledge")
 _LONGEST_ANSWER = 16
+_LOOK_S = 0.05
+"""Seconds between looks at whether the client of a reply that is held back is still there."""
 CACHE_BLOCK = 4
 """Tokens to a block of the double's prefix cache; hits are whole blocks and never the last token."""
 
@@ -34,7 +38,8 @@ class Reply:
 
     ``body`` stands in for the true answer; ``delay_s`` holds it back; ``cut`` breaks the connection in the middle of
     the body (``truncate``) or before any of it (``reset``); ``drop`` names top-level fields to leave out of the true
-    answer; ``merge`` adds or replaces some.
+    answer; ``merge`` adds or replaces some. ``times`` sends the body so often over, without saying how long it will be.
+    A reply that is held back goes nowhere once the client has hung up.
     """
 
     status: int = 200
@@ -44,6 +49,7 @@ class Reply:
     cut: Literal["truncate", "reset"] | None = None
     drop: tuple[str, ...] = ()
     merge: Mapping[str, Any] = field(default_factory=dict)
+    times: int = 1
 
     @classmethod
     def error(
@@ -89,6 +95,11 @@ class Seen:
     connection: int
     concurrent: int
 
+    @property
+    def prompt(self) -> str:
+        """Its prompt, or the contents of its messages a line each; empty where it has neither."""
+        return _prompt(self.body, self.path.endswith("/chat/completions"))
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
@@ -133,6 +144,7 @@ class EndpointDouble:
         self._report_cached = report_cached
         self._cache: set[bytes] = set()
         self._concurrent = 0
+        self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._server = _Server(("127.0.0.1", port), self)
@@ -165,12 +177,57 @@ class EndpointDouble:
             self._thread.join()
         self._server.server_close()
 
+    def _stop_listening(self) -> None:
+        """Frees the port and drops every connection."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        with self._lock:
+            for connection in self._sockets:
+                # Its handler's thread closes it.
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _listen_again(self) -> None:
+        """Serves on the same port as before."""
+        self._server = _Server(self._server.server_address, self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
     # What follows is called by the handler's threads.
 
-    def _connected(self) -> int:
+    def _connected(self, connection: socket.socket) -> int:
         with self._lock:
             self.connections += 1
+            self._sockets.add(connection)
             return self.connections
+
+    def _disconnected(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._sockets.discard(connection)
+
+    def _page(self, path: str) -> Reply:
+        """What a GET finds."""
+        if path == "/health":
+            return Reply(body=b"")
+        if path == "/v1/models":
+            data = [{"id": model, "object": "model", "owned_by": "double"} for model in self.models]
+            return Reply(body=_json({"object": "list", "data": data}))
+        return Reply.error(404, "Not Found")
+
+    def _hold(self, seconds: float, connection: socket.socket) -> bool:
+        """Holds a reply back; whether somebody still waits for it."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._stopping.wait(min(left, _LOOK_S)):
+            if select.select([connection], [], [], 0)[0] and not _peek(connection):
+                return False
+        return not self._stopping.is_set()
+
+    def _book(self, seen: Seen, reply: Reply, served: Served | None, awaited: bool) -> None:  # noqa: ARG002
+        """Books what goes out. ``awaited``: whether the client is still there, and so are we. To be extended."""
+        if served is not None and not self._stopping.is_set():
+            with self._lock:
+                self.served.append(served)
 
     def _enter(self, path: str, headers: Mapping[str, str], raw: bytes, connection: int) -> Seen:
         try:
@@ -279,7 +336,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 512
 
-    def __init__(self, address: tuple[str, int], double: EndpointDouble) -> None:
+    def __init__(self, address: Any, double: EndpointDouble) -> None:
         self.double = double
         super().__init__(address, _Handler)
 
@@ -295,17 +352,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self._connection = self.server.double._connected()
+        self._connection = self.server.double._connected(self.connection)
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        finally:
+            self.server.double._disconnected(self.connection)
 
     def do_GET(self) -> None:
-        double = self.server.double
-        if self.path == "/health":
-            self._send(Reply(body=b""))
-        elif self.path == "/v1/models":
-            data = [{"id": model, "object": "model", "owned_by": "double"} for model in double.models]
-            self._send(Reply(body=_json({"object": "list", "data": data})))
-        else:
-            self._send(Reply.error(404, "Not Found"))
+        self._send(self.server.double._page(self.path))
 
     def do_POST(self) -> None:
         double = self.server.double
@@ -314,14 +370,14 @@ class _Handler(BaseHTTPRequestHandler):
         seen = double._enter(self.path, headers, raw, self._connection)
         try:
             reply, served = double._reply(seen)
-            if reply.delay_s:
-                double._stopping.wait(reply.delay_s)
-            if served is not None and not double._stopping.is_set():
-                with double._lock:
-                    double.served.append(served)
+            awaited = double._hold(reply.delay_s, self.connection) if reply.delay_s else True
+            double._book(seen, reply, served, awaited)
         finally:
             double._leave()
-        self._send(reply)
+        if awaited:
+            self._send(reply)
+        else:
+            self.close_connection = True
 
     def _send(self, reply: Reply) -> None:
         if reply.cut == "reset":
@@ -334,6 +390,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
             self.send_header(name, value)
+        if reply.times > 1:
+            self.send_header("Connection", "close")
+            self.end_headers()
+            for _ in range(reply.times):
+                self.wfile.write(body)
+            self.close_connection = True
+            return
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if reply.cut == "truncate" else body)
@@ -343,6 +406,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
         """Says nothing: a test's output is its own."""
+
+
+def _peek(connection: socket.socket) -> bytes:
+    """What the client has sent beyond its request; nothing where it has hung up."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return b""
 
 
 def _json(document: object) -> bytes:

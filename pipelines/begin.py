@@ -108,6 +108,8 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
     try:
         # Only now: the holder before us may have ended the run a moment ago.
         manifest = read_manifest(run_dir)
+        if not rehearse:
+            give_back_nodes(job, run_dir.child("_journal"), manifest)
         context = replace(
             make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest),
             known=known_pools(job, ledger, started_at),
@@ -134,6 +136,17 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
         lease.release()
         raise
     return Begun(context, plan, record, lease)
+
+
+def give_back_nodes(job: Job, journal: Store, manifest: Mapping[str, Any] | None) -> None:
+    """Whatever an earlier start of this run rented and could not give back ends now, before anything else."""
+    from bidbeam.connectors.leases import DIRECTORY
+
+    if journal.list(DIRECTORY):
+        from bidbeam.transforms.lease_recovery import recover_leases
+
+        quotes = {c: FxQuote(r.rate, r.source, r.at) for c, r in job.fx.items()}
+        recover_leases(journal, job.pools, quotes, ended_start=None if manifest is None else int(manifest["starts"]))
 
 
 def _more_to_do(manifest: Mapping[str, Any], plan: InputPlan) -> bool:

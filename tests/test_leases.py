@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from small_jobs import Written, check_conserved, make_job, prompts, written
+from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 
 from bidbeam.connectors import leases
-from bidbeam.connectors.doubles import EndpointDouble, Reply
-from bidbeam.connectors.errors import PoolDown
+from bidbeam.connectors.doubles import OK, RESET, EndpointDouble, Reply, Seen
+from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.front_render import KEY, RenderFront
 from bidbeam.connectors.front_targon import TargonFront, machine
+from bidbeam.connectors.lease_engine import LeaseEngine
 from bidbeam.connectors.leases import LeaseBook, LeaseRecord
 from bidbeam.connectors.store import Store
 from bidbeam.connectors.targon import Offer, targon_offers
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.run import run_job
+
+SLACK = timedelta(milliseconds=50)
+"""A node's own clock and the wall's may differ by so much."""
 
 # -- Targon's inventory --
 
@@ -141,3 +153,324 @@ def test_a_node_is_rented_served_through_and_given_back(node: EndpointDouble, tm
     assert len(node.served) == 12
     assert open_leases(job) == []
     assert "authorization" not in node.requests[0].headers, "the account's key stays with the account"
+
+
+def test_what_is_booked_is_the_lease_to_the_millisecond(
+    node: EndpointDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[LeaseEngine] = []
+    begin = LeaseEngine.__init__
+
+    def noted(self: LeaseEngine, *args: Any, **keys: Any) -> None:
+        begin(self, *args, **keys)
+        held.append(self)
+
+    monkeypatch.setattr(LeaseEngine, "__init__", noted)
+    with RenderFront(looks=2) as front:
+        _, found = run(make_job(tmp_path, prompts(12), [lease_pool(front, node)]))
+    (engine,) = held
+    assert engine.asked_ms is not None
+    rented = Decimal(engine.clock_ms() - engine.asked_ms) / 1000
+    charged = seconds(found)
+    assert set(charged) <= {"setup", "accelerator_second", "accelerator_idle_second"}
+    assert charged["setup"] > 0
+    assert sum(charged.values()) == rented
+    assert Decimal(found.manifest["cost"]) == rented * Decimal(HOUR) / 3600
+
+
+def test_other_pools_serve_while_a_node_comes_up(node: EndpointDouble, tmp_path: Path) -> None:
+    """A node that never serves holds nobody up, and what was meant for it goes to the runner-up."""
+    with EndpointDouble(["tiny", "other"]) as other, RenderFront(never=True) as front:
+        pools = [
+            lease_pool(front, node, options={"ready_within": "1"}),
+            remote("other", other.base_url, models=["tiny", "other"], price={"input": "500", "output": "500"}),
+        ]
+        rows = prompts(12).append_column("model", pa.array(["tiny", "other"] * 6))
+        job = make_job(tmp_path, rows, pools, models={"tiny": {}, "other": {}})
+        code, found = run(job)
+        assert front.alive == []
+    assert code == 0
+    check_conserved(found, 12)
+    assert len(other.served) == 12
+    assert node.requests == []
+    (setup,) = [row for row in found.rows("attempts") if row["kind"] == "overhead"]
+    first = min(row["finished_at"] for row in found.attempts)
+    assert first < setup["started_at"] + timedelta(seconds=1) < setup["finished_at"]
+    charged = seconds(found)
+    assert set(charged) == {"setup"}, "a node that never served is paid for all the same"
+    assert charged["setup"] >= 1
+    assert open_leases(job) == []
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        Reply.error(409, "no capacity in this region", "no_capacity"),
+        Reply.error(402, "insufficient credits", "payment_required"),
+    ],
+    ids=["no capacity", "no funds"],
+)
+def test_a_node_that_is_not_to_be_had_costs_nothing_and_its_lots_go_elsewhere(
+    refuse: Reply, node: EndpointDouble, tmp_path: Path
+) -> None:
+    with EndpointDouble(["tiny"]) as other, RenderFront(refuse=refuse) as front:
+        pools = [lease_pool(front, node), remote("other", other.base_url, price={"input": "500", "output": "500"})]
+        job = make_job(tmp_path, prompts(6), pools)
+        code, found = run(job)
+        assert front.nodes == {}
+    assert code == 0
+    check_conserved(found, 6)
+    assert seconds(found) == {}
+    assert open_leases(job) == []
+
+
+def test_without_another_pool_every_row_dies_and_nothing_is_left(node: EndpointDouble, tmp_path: Path) -> None:
+    with RenderFront(refuse=Reply.error(409, "no capacity", "no_capacity")) as front:
+        job = make_job(tmp_path, prompts(3), [lease_pool(front, node)])
+        code, found = run(job)
+        asked = [call for call in front.calls if call.method == "POST"]
+    assert code == 3
+    check_conserved(found, 3)
+    assert len(asked) == 2, "once a round"
+    assert total(found.rows("charges")) == 0
+    assert open_leases(job) == []
+
+
+@pytest.mark.parametrize("state", ["failed", "draining"])
+def test_a_node_that_ends_by_itself_while_it_comes_up_is_given_back_too(
+    state: str, node: EndpointDouble, tmp_path: Path
+) -> None:
+    with EndpointDouble(["tiny"]) as other, RenderFront(end_in=state) as front:
+        pools = [lease_pool(front, node), remote("other", other.base_url, price={"input": "500", "output": "500"})]
+        job = make_job(tmp_path, prompts(3), pools)
+        code, found = run(job)
+        assert [call.method for call in front.calls].count("DELETE") == 1
+    assert code == 0
+    check_conserved(found, 3)
+    assert open_leases(job) == []
+
+
+def test_a_node_that_dies_while_it_serves_is_given_back_at_once_and_paid_for(tmp_path: Path) -> None:
+    with EndpointDouble(["tiny"]) as other, EndpointDouble(["tiny"], RESET) as dying, RenderFront() as front:
+        pools = [
+            lease_pool(front, dying),
+            remote("other", other.base_url, price={"input": "500", "output": "500"}),
+        ]
+        job = make_job(tmp_path, prompts(30), pools)
+        code, found = run(job)
+        assert front.alive == []
+    assert code == 0
+    check_conserved(found, 30)
+    assert sum(seconds(found).values()) > 0
+    assert open_leases(job) == []
+
+
+def test_a_lost_answer_to_the_request_for_a_node_leaks_none(node: EndpointDouble, tmp_path: Path) -> None:
+    with EndpointDouble(["tiny"]) as other, RenderFront(lose_ask=True) as front:
+        pools = [lease_pool(front, node), remote("other", other.base_url, price={"input": "500", "output": "500"})]
+        job = make_job(tmp_path, prompts(3), pools)
+        code, found = run(job)
+        assert len(front.nodes) == 1
+        assert front.alive == []
+    assert code == 0
+    check_conserved(found, 3)
+    assert set(seconds(found)) == {"setup"}
+    assert open_leases(job) == []
+
+
+def test_giving_back_is_tried_again(node: EndpointDouble, tmp_path: Path) -> None:
+    with RenderFront(fail_ends=2) as front:
+        job = make_job(tmp_path, prompts(3), [lease_pool(front, node)])
+        code, _ = run(job)
+        assert front.alive == []
+    assert code == 0
+    assert open_leases(job) == []
+
+
+def test_a_node_that_cannot_be_given_back_is_named_loudly_and_tried_again_by_the_next_start(
+    node: EndpointDouble, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RenderFront(fail_ends=3) as front:
+        job = make_job(tmp_path, prompts(3), [lease_pool(front, node)])
+        code, _ = run(job)
+        assert code == 0
+        assert front.alive == ["rn-001"]
+        assert [record.node_id for record in open_leases(job)] == ["rn-001"]
+        (said,) = [each for each in caplog.records if each.levelname == "CRITICAL"]
+        assert "rn-001" in said.getMessage()
+        assert KEY not in said.getMessage()
+        # There is nothing left to do for the run, but for the node there is.
+        run(job)
+        assert front.alive == []
+        assert open_leases(job) == []
+
+
+def test_a_node_with_nothing_to_do_is_given_back_before_the_shift_ends(node: EndpointDouble, tmp_path: Path) -> None:
+    gone = threading.Event()
+
+    def wait(seen: Seen) -> Reply:
+        if seen.number == 0:
+            deadline = time.monotonic() + 10
+            while front.alive or not front.nodes:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            gone.set()
+        return OK
+
+    with EndpointDouble(["tiny"], wait) as slow, RenderFront() as front:
+        pools = [
+            lease_pool(front, node, models=["tiny"], options={"idle_after": "0.2"}),
+            remote("slow", slow.base_url, models=["other"], price={"input": "0.1", "output": "0.1"}),
+        ]
+        slow.models = ("other",)
+        rows = prompts(8).append_column("model", pa.array(["tiny", "other"] * 4))
+        job = make_job(tmp_path, rows, pools, models={"tiny": {}, "other": {}}, model="tiny")
+        code, found = run(job)
+    assert code == 0
+    assert gone.is_set()
+    check_conserved(found, 8)
+
+
+def test_a_deadline_before_a_node_can_serve_keeps_it_from_bidding(node: EndpointDouble, tmp_path: Path) -> None:
+    with EndpointDouble(["tiny"]) as other, RenderFront() as front:
+        pools = [
+            lease_pool(front, node, options={"turnaround": "7200"}),
+            remote("other", other.base_url, price={"input": "500", "output": "500"}),
+        ]
+        _, found = run(make_job(tmp_path, prompts(3), pools, deadline="1h"))
+        assert front.nodes == {}
+    reasons = {(bid["pool"], bid["reject_reason"]) for bid in found.rows("bids")}
+    assert ("render", "deadline") in reasons
+    check_conserved(found, 3)
+
+
+def test_a_budget_that_does_not_cover_a_nodes_coming_up_rents_none(node: EndpointDouble, tmp_path: Path) -> None:
+    with EndpointDouble(["tiny"]) as other, RenderFront() as front:
+        pools = [lease_pool(front, node), remote("other", other.base_url)]
+        # 900 s to come up, 60 s idle and 30 s to give it back come to 0.99 USD.
+        _, found = run(make_job(tmp_path / "low", prompts(3), pools, budget={"max_cost": "0.98"}))
+        assert front.nodes == {}
+        check_conserved(found, 3)
+        pools = [lease_pool(front, node, options={"ready_within": "60"})]
+        code, found = run(make_job(tmp_path / "enough", prompts(3), pools, budget={"max_cost": "0.98"}))
+        assert len(front.nodes) == 1
+    assert code == 0
+    assert total(found.rows("charges")) <= Decimal("0.98")
+
+
+# -- what a killed start left --
+
+KILLED = """
+import sys
+from datetime import date
+from pathlib import Path
+from bidbeam.pipelines.job import Job
+from bidbeam.pipelines.progress import NullProgress
+from bidbeam.pipelines.run import run_job
+
+job = Job.from_yaml(Path(sys.argv[1]), run_date=date.fromisoformat(sys.argv[2]))
+run_job(job, rehearse=False, beam_options=[], progress=NullProgress())
+"""
+
+
+def start_child(job_file: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", KILLED, str(job_file), DAY.isoformat()])
+
+
+@pytest.mark.parametrize("when", ["coming up", "serving"])
+def test_the_next_start_gives_back_what_a_killed_one_rented_and_books_its_time(when: str, tmp_path: Path) -> None:
+    serving, ended = threading.Event(), threading.Event()
+
+    def hold(seen: Seen) -> Reply:
+        if seen.number >= 4 and not ended.is_set():
+            serving.set()
+            ended.wait(20)
+        return OK
+
+    with EndpointDouble(["tiny"], hold) as node, RenderFront(never=when == "coming up") as front:
+        path = write_job(tmp_path, prompts(12), [lease_pool(front, node)])
+        job = Job.from_yaml(path, run_date=DAY)
+        child = start_child(path)
+        try:
+            patience = time.monotonic() + 60
+            while not (front.nodes if when == "coming up" else serving.is_set()):
+                assert time.monotonic() < patience
+                assert child.poll() is None
+                time.sleep(0.02)
+            while not [record for record in open_leases(job) if record.node_id]:
+                assert time.monotonic() < patience
+                time.sleep(0.02)
+        finally:
+            child.kill()
+            child.wait()
+            ended.set()
+        assert front.alive == ["rn-001"], "a killed process gives nothing back"
+        (record,) = open_leases(job)
+        front.never = False
+        code, found = run(job)
+        assert front.alive == []
+        assert len(front.nodes) == 2
+    assert code == 0
+    check_conserved(found, 12)
+    assert open_leases(job) == []
+    overhead = [row for row in found.rows("attempts") if row["kind"] == "overhead"]
+    left = [row for row in overhead if row["started_at"] <= datetime.fromisoformat(record.asked_at) + SLACK]
+    assert left, "the killed start's node is in the ledger"
+    assert sum(seconds(found).values()) > 0
+
+
+def test_an_exit_without_a_goodbye_gives_nodes_back(node: EndpointDouble, tmp_path: Path) -> None:
+    """Interpreter exit closes what nobody closed."""
+    script = (
+        "import sys\nfrom bidbeam.connectors import registry\n"
+        "from bidbeam.connectors.lease_engine import LeaseEngine\nfrom bidbeam.connectors.leases import LeaseBook\n"
+        "from bidbeam.connectors.store import Store\nimport pickle\n"
+        "spec = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
+        "book = LeaseBook(Store.at(sys.argv[2]))\n"
+        "engine = registry.acquire('k', lambda: LeaseEngine(spec, 'tiny', book, run_id='r', start=1))\n"
+        "assert engine.serving(10)\n"
+    )
+    with RenderFront() as front:
+        spec = Job.from_yaml(write_job(tmp_path, prompts(1), [lease_pool(front, node)]), run_date=DAY).pools[0]
+        where = str(tmp_path / "journal")
+        subprocess.run([sys.executable, "-c", script, pickle.dumps(spec).hex(), where], check=True, timeout=60)
+        assert len(front.nodes) == 1
+        assert front.alive == []
+
+
+# -- what is said before anything is rented --
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"options": {"address": "http://{public_ip}:8000/v1"}}, "neither https nor on this machine"),
+        ({"options": {"address": "https://{node}.example.com/v1"}}, "names {node}"),
+        ({"options": {"ready_within": "soon"}}, "is no number that will do"),
+        ({"options": {"port": "70000"}}, "is no number that will do"),
+        ({"options": {"image": None}}, "image"),
+        ({"price": {"input": "1", "output": "1", "per": "1M tokens"}}, "paid by the hour"),
+    ],
+    ids=["clear", "unknown name", "no number", "no port", "no image", "by the token"],
+)
+def test_a_lease_pool_that_cannot_work_is_refused_with_its_line(
+    keys: dict[str, Any], told: str, node: EndpointDouble, tmp_path: Path
+) -> None:
+    front = RenderFront()
+    front.close()
+    path = write_job(tmp_path, prompts(1), [lease_pool(front, node, **keys)])
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        Job.from_yaml(path, run_date=DAY)
+    assert caught.value.line is not None
+
+
+def test_a_wrong_key_takes_the_pool_down_and_stands_nowhere(
+    node: EndpointDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RENDER_API_KEY", "rndr-not-the-key-at-all")
+    with RenderFront() as front:
+        job = make_job(tmp_path, prompts(2), [lease_pool(front, node)])
+        code, found = run(job)
+    assert code == 3
+    assert "not-the-key" not in repr(found.manifest) + repr(found.ledger) + caplog.text
+    assert front.nodes == {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -15,7 +18,9 @@ from markets import NOW, lots_of, pool, random_market
 
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.schemas import BIDS
-from bidbeam.transforms.bidding import DEFAULT_TOKENS_PER_SECOND, WORST_SLOWDOWN, make_bids
+from bidbeam.transforms.bidding import DEFAULT_TOKENS_PER_SECOND, WORST_SLOWDOWN, PoolState, make_bids
+from bidbeam.transforms.clearing import clear
+from bidbeam.transforms.reputation import HALF_LIFE_DAYS, Reputation
 
 CHEAP = {"input": "1", "output": "2"}
 
@@ -151,6 +156,158 @@ def test_failures_are_priced() -> None:
     row = make_bids(lots_of({}), [state], now=NOW).to_table(run_id="r", round_number=1).to_pylist()[0]
     assert row["risk_cost"] == row["expected_cost"] / 10
     assert row["score"] == row["expected_cost"] + row["risk_cost"]
+
+
+def _known(**fields: Any) -> dict[str, Any]:
+    """The state of a pool with a reputation for model ``m``; what is not said is beyond doubt."""
+    sure: dict[str, Any] = {"successes": 1e12, "spread": 0.0}
+    return {"of_model": {"m": Reputation(**(sure | fields))}}
+
+
+def _row(state: PoolState, lot: dict[str, Any] | None = None, **terms: Any) -> dict[str, Any]:
+    bids = make_bids(lots_of(lot or {}), [state], now=NOW, **terms)
+    row: dict[str, Any] = bids.to_table(run_id="r", round_number=1).to_pylist()[0]
+    return row
+
+
+def test_bids_are_made_with_what_the_ledger_measured() -> None:
+    """The pool's own count of the input, its cache and its answers, per model; another model's change nothing."""
+    state = pool("p", input="1", cached="0.1", output="2", state=_known(
+        cache_share=0.25, output_share=0.1, input_ratio=1.2
+    ))  # fmt: skip
+    lot = {"input_tokens": 1_000, "ideal_cached_tokens": 800, "max_output_tokens": 500}
+    row = _row(state, lot)
+    assert (row["expected_cached_tokens"], row["expected_output_tokens"]) == (200, 50)
+    assert row["expected_cost"] == (1_000 + 20 + 100) * Decimal("1e-6")
+    # More than our exact count was reported before: it may be again.
+    assert row["worst_case_cost"] == (1_200 + 1_000) * Decimal("1e-6")
+    both = replace(state, spec=replace(state.spec, models={"m": "m", "n": "n"}))
+    assert _row(both, lot | {"model": "n"})["expected_output_tokens"] == 500
+
+
+def test_a_failing_pool_bids_what_failures_cost() -> None:
+    """P(fail) times the bill once more and what failed attempts are charged."""
+    row = _row(pool("p", **CHEAP, state=_known(successes=149.0, failures=49.0, failed_cost=0.5)))
+    share = Decimal(50) / Decimal(248) * Decimal("1.5")
+    assert row["risk_cost"] == row["expected_cost"] * share.quantize(Decimal("1e-6"))
+
+
+def test_lateness_is_priced_as_the_finish_nears_the_deadline() -> None:
+    """With twice the time there is none to speak of; on the very deadline half of ten times the bill."""
+    lot, state = {"input_tokens": 900, "max_output_tokens": 100}, _known(spread=0.2)
+    slow = pool("p", tokens_per_second=100, **CHEAP, state=state)
+    costs = [
+        _row(slow, lot, deadline=NOW + timedelta(seconds=seconds))["lateness_cost"] for seconds in (10, 12, 15, 20, 40)
+    ]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == 5 * _row(slow, lot)["expected_cost"]
+    assert costs[-1] == 0
+    assert _row(slow, lot)["lateness_cost"] == 0
+    # However fast in all, a lot is not done before its requests are.
+    patient = pool("p", **CHEAP, state=_known(spread=0.2, latency_p95_s=10.0))
+    assert _row(patient, lot, deadline=NOW + timedelta(seconds=10))["lateness_cost"] == costs[0]
+
+
+def test_a_measured_speed_makes_a_bid_dear_but_keeps_no_pool_out() -> None:
+    """What a pool was seen to do tells when it would be done; only a declared or proven limit is a wall."""
+    state = _known(tokens_per_second=10.0, spread=0.2)
+    row = _row(pool("p", **CHEAP, state=state), deadline=NOW + timedelta(seconds=60))
+    assert row["eligible"]
+    assert row["finish_at"] == NOW + timedelta(seconds=120)
+    assert row["lateness_cost"] > 9 * row["expected_cost"]
+
+
+def test_a_pool_of_doubtful_reports_bids_its_audit() -> None:
+    """Four tokens in a hundred too many are worth a second opinion on twenty answers of a hundred, at most on all."""
+    for excess, share in ((None, "0"), (0.0, "0"), (0.04, "0.2"), (3.0, "1")):
+        row = _row(pool("p", **CHEAP, state=_known(excess=excess)))
+        assert row["audit_cost"] == row["expected_cost"] * Decimal(share)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 150), st.integers(1, 4))
+def test_newcomers_share_one_lot_in_twenty_at_a_discount(lots: int, newcomers: int) -> None:
+    """Together they have a discount of a fifth on every twentieth lot that they may serve, never two on one lot."""
+    table = lots_of(*({"longest_tokens": 5000 if at % 7 == 0 else 100} for at in range(lots)))
+    new = _known(newcomer=True)
+    pools = [pool("old", **CHEAP, state=_known())]
+    pools += [pool(f"new{at}", **CHEAP, context=4096, state=new) for at in range(newcomers)]
+    bids = make_bids(table, pools, now=NOW)
+    rows = bids.to_table(run_id="r", round_number=1).to_pylist()
+    given_ = [row for row in rows if row["exploration_credit"]]
+    assert len({row["lot_id"] for row in given_}) == len(given_) <= lots // 20
+    assert all(row["pool"] != "old" and row["eligible"] for row in given_)
+    assert all(row["exploration_credit"] == row["expected_cost"] * Decimal("0.2") for row in given_)
+    won = clear(bids).lots_of
+    assert sum(len(mine) for name, mine in won.items() if name != "old") <= lots // 20
+    # A pool that is much dearer than that is not bought from for the sake of knowing it.
+    dear = [pools[0], pool("dear", input="2", output="4", state=new)]
+    assert set(clear(make_bids(table, dear, now=NOW)).lots_of) <= {"old"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.floats(0, 1e5), st.floats(0, 1e5), st.floats(0, 5), st.floats(0, 1), st.floats(0, 2), st.booleans(),
+    st.integers(0, 10_000),
+)  # fmt: skip
+def test_the_score_is_the_exact_sum_of_its_terms(
+    good: float, bad: float, charged: float, excess: float, spread: float, newcomer: bool, seed: int
+) -> None:
+    """Expected + risk + lateness + audit - exploration, to the last digit, on every bid, as the optimiser saw it."""
+    table, states = random_market(25, 3, seed)
+    known = Reputation(
+        successes=good, failures=bad, failed_cost=charged, excess=excess, spread=spread, newcomer=newcomer
+    )
+    states = [replace(state, of_model={"m": known}) for state in states[:2]] + states[2:]
+    bids = make_bids(table, states, now=NOW, deadline=NOW + timedelta(seconds=900))
+    for at, row in enumerate(bids.to_table(run_id="r", round_number=1).to_pylist()):
+        if row["eligible"]:
+            terms = sum(row[name] for name in ("expected_cost", "risk_cost", "lateness_cost", "audit_cost"))
+            assert row["score"] == terms - row["exploration_credit"]
+            assert bids.score[at % 25, at // 25] == pytest.approx(float(row["score"]), rel=1e-9)
+            assert min(row["risk_cost"], row["lateness_cost"], row["audit_cost"], row["score"]) >= 0
+
+
+def test_the_rule_is_published_with_a_digest_of_itself() -> None:
+    """Every auction carries the parameters that its bids were scored by, and what to hold them against."""
+    auction = clear(make_bids(lots_of({}), [pool("p", **CHEAP)], now=NOW)).auction_table(run_id="r", round_number=1)
+    rule = json.loads(auction.column("rule")[0].as_py())
+    digest = rule.pop("sha256")
+    assert hashlib.sha256(json.dumps(rule, sort_keys=True).encode()).hexdigest() == digest
+    assert rule["half_life_days"] == HALF_LIFE_DAYS
+
+
+def test_the_award_goes_to_the_least_expected_bill_not_to_the_least_list_price() -> None:
+    """10,000 rows of 2,000 shared and 300 own tokens in and 400 out, at 95 % hits: the dearest list serves cheapest.
+
+    The prices are those that Azure, Vertex and Chutes published for one open model; what share of the prefix each
+    of them found in its cache is what the ledger measured.
+    """
+    prices = {
+        "azure": {"input": "0.58", "output": "1.68"},
+        "vertex": {"input": "0.56", "output": "1.68", "cached": "0.056"},
+        "chutes": {"input": "1.00", "output": "1.00", "cached": "0.10"},
+    }
+    rows, lots = 10_000, 40
+    lot = {
+        "requests": rows // lots,
+        "input_tokens": rows // lots * 2_300,
+        "ideal_cached_tokens": rows // lots * 2_000,
+        "warm_tokens": 2_000,
+        "max_output_tokens": rows // lots * 1_024,
+    }
+    table = lots_of({**lot, "warm_tokens": 0}, *([lot] * (lots - 1)))
+    measured = {"cache_share": 0.95, "output_share": 400 / 1_024, "successes": 10_000.0, "answers": 10_000}
+    bids = make_bids(table, [pool(name, **list_, state=_known(**measured)) for name, list_ in prices.items()], now=NOW)
+    cleared = clear(bids)
+    assert {name: len(won) for name, won in cleared.lots_of.items()} == {"chutes": lots}
+    bills = {
+        name: round(sum(bids.expected_cost(at, np.ones(lots, bool)).to_pylist()), 2) for at, name in enumerate(prices)
+    }
+    assert bills == {"azure": Decimal("20.06"), "vertex": Decimal("10.02"), "chutes": Decimal("9.90")}
+    by_list = {name: 2_300 * Decimal(p["input"]) + 400 * Decimal(p["output"]) for name, p in prices.items()}
+    assert max(by_list, key=by_list.__getitem__) == "chutes"
+    assert min(by_list, key=by_list.__getitem__) == "vertex"
 
 
 def test_two_pools_of_one_name_are_refused() -> None:

@@ -120,6 +120,7 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
             version=bidbeam.__version__,
             tolerated=tolerated(job, plan.rows),
             fingerprint=plan.fingerprint,
+            parent_run_id=job.parent_run_id,
         )
         if manifest is not None and not _more_to_do(manifest, plan):
             lease.release()

@@ -52,6 +52,8 @@ class Job:
     """Where the rates are fetched that are not in ``fx`` (see ``pipelines.resolving``)."""
     price_sources: Mapping[str, PriceSource] = field(default_factory=dict)
     """Where the prices of some pools are looked up when a run starts, by pool."""
+    parent_run_id: str | None = None
+    """The run whose dead letters these are."""
     source_dir: str = "."
     """Where the job file stands."""
     lines: Mapping[str, tuple[str, int | None]] = field(default_factory=dict, compare=False, repr=False)

@@ -120,8 +120,8 @@ def _offer(
 
 def _finish_s(context: RunContext, spec: PoolSpec, won: pa.Array, lots: pa.Table) -> float | None:
     """Seconds from now until the pool is done with its lots; None where its speed is unknown."""
-    from bidbeam.transforms.bidding import LotColumns, expected_usage, speed_of
     from bidbeam.transforms.bid import pool_states
+    from bidbeam.transforms.bidding import LotColumns, expected_usage, speed_of
 
     state = next(each for each in pool_states(context, context.started_at) if each.spec.name == spec.name)
     here = lots.filter(pc.is_in(lots.column("lot_id"), value_set=won))

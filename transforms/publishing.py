@@ -47,6 +47,9 @@ MESSAGE_OF_REASON: Mapping[str, str] = {
     "failed": "every attempt failed",
 }
 
+ORIGINAL_NAME = b"bidbeam.name"
+"""In the metadata of a column that an output calls otherwise: its name in the input."""
+
 _CODEC = "snappy"
 _NO_ATTEMPTS = np.zeros(0, np.int64)
 
@@ -262,9 +265,16 @@ def _with_input(
             name = f"{name}_in"
         taken.add(name)
         names.append(name)
-    fields = [field.with_name(name) for field, name in zip(layout.input_schema, names, strict=True)]
+    fields = [_renamed(field, name) for field, name in zip(layout.input_schema, names, strict=True)]
     schema = pa.schema([*fields, *(pa.field(name, type_) for name, type_ in columns)])
     return pa.Table.from_arrays([*inputs.columns, *(extra[name] for name, _ in columns)], schema=schema)
+
+
+def _renamed(field: pa.Field, name: str) -> pa.Field:
+    """The field under another name, its own kept beside it, so that dead letters can become input again."""
+    if name == field.name:
+        return field
+    return field.with_name(name).with_metadata({**(field.metadata or {}), ORIGINAL_NAME: field.name.encode()})
 
 
 def _requests(

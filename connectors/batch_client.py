@@ -93,123 +93,33 @@ class BatchClient(Protocol):
         ...
 
 
-class OpenAIBatchClient:
-    """``/files`` and ``/batches`` below an endpoint's address: OpenAI, Azure's v1 path and their likes."""
+class Wire:
+    """How one pool's batch API is called: with what lets us in, in bounded time and memory. ``address`` is where its
+    paths begin."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         where: Endpoint,
+        address: str,
         run_id: str,
         *,
-        route: str,
         timeout_s: float,
-        poll_s: float,
         credentials: Credentials,
         now: Callable[[], datetime],
     ) -> None:
-        self._session, self._where, self._run_id, self._route = session, where, run_id, route
-        self._timeout_s, self._poll_s, self._credentials, self._now = timeout_s, poll_s, credentials, now
+        self.run_id = run_id
+        self._session, self._profile, self._address = session, where.profile, address.rstrip("/")
+        self._timeout_s, self._credentials, self._now = timeout_s, credentials, now
         # A large file may take as long as it takes, while anything moves at all.
-        self._long = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        self.long = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
 
-    async def upload(self, path: Path, intent: str) -> str:
-        with path.open("rb") as file, aiohttp.MultipartWriter("form-data") as form:
-            purpose = form.append("batch")
-            purpose.set_content_disposition("form-data", name="purpose")
-            rows = form.append(file, {"Content-Type": "application/jsonl"})  # type: ignore[arg-type]
-            rows.set_content_disposition("form-data", name="file", filename=f"{intent}.jsonl")
-            found = await self._call(
-                "POST", "files", data=form, headers={"Content-Type": form.content_type}, timeout=self._long
-            )
-        reference = _text(found, "/id")
-        for _ in range(_FILE_WAITS):
-            # Azure takes a while to look a file over, and refuses a batch of it meanwhile.
-            if pointer(found, "/status") not in ("pending", "running", "notRunning"):
-                break
-            await asyncio.sleep(min(self._poll_s, 5.0))
-            found = await self._call("GET", f"files/{reference}")
-        if pointer(found, "/status") in ("error", "failed"):
-            raise BatchCallError("the provider cannot read the uploaded file", "server", sure=True)
-        return reference
-
-    async def create(self, file: str, intent: str, *, chat: bool) -> str:
-        asked = {
-            "input_file_id": file,
-            "endpoint": f"{self._route}/{'chat/completions' if chat else 'completions'}",
-            "completion_window": _COMPLETION_WINDOW,
-            "metadata": {META_RUN: self._run_id[:512], META_INTENT: intent},
-        }
-        return _text(await self._call("POST", "batches", data=json.dumps(asked).encode()), "/id")
-
-    async def find(self, intent: str, since: datetime) -> str | None:
-        after = ""
-        for _ in range(_PAGES):
-            page = await self._call("GET", f"batches?limit=100{after}")
-            listed = pointer(page, "/data")
-            if not isinstance(listed, list):
-                raise BatchCallError("the endpoint does not list its batches", "bad_output", sure=True)
-            for each in listed:
-                mine = pointer(each, f"/metadata/{META_INTENT}") == intent
-                if mine and pointer(each, f"/metadata/{META_RUN}") == self._run_id[:512]:
-                    return _text(each, "/id")
-            created = pointer(listed[-1], "/created_at") if listed else None
-            # The newest come first; a day's grace for clocks that differ.
-            past = isinstance(created, int) and created < since.timestamp() - 86_400
-            last = pointer(listed[-1], "/id") if listed else None
-            if past or not isinstance(last, str) or not _ID.fullmatch(last) or pointer(page, "/has_more") is not True:
-                return None
-            after = f"&after={last}"
-        return None
-
-    async def look(self, batch: str) -> Look:
-        found = await self._call("GET", f"batches/{batch}")
-        state = pointer(found, "/status")
-        if state not in STATES:
-            raise BatchCallError("the endpoint gives the batch no state we know", "bad_output", sure=True)
-        files = (pointer(found, "/output_file_id"), pointer(found, "/error_file_id"))
-        errors = pointer(found, "/errors/data")
-        return Look(
-            state,
-            tuple(file for file in files if isinstance(file, str) and _ID.fullmatch(file)),
-            tuple(each for each in errors if isinstance(each, dict)) if isinstance(errors, list) else (),
-        )
-
-    async def cancel(self, batch: str) -> None:
-        await self._call("POST", f"batches/{batch}/cancel")
-
-    async def fetch(self, file: str, path: Path) -> None:
-        try:
-            async with self._session.get(
-                self._where.url(f"files/{file}/content"),
-                headers=await self._let_in(),
-                allow_redirects=False,
-                timeout=self._long,
-            ) as response:
-                if response.status != 200:
-                    raise await self._refused(response, changes=False)
-                size = 0
-                with path.open("wb") as target:
-                    async for chunk in response.content.iter_chunked(_CHUNK):
-                        size += len(chunk)
-                        if size > MAX_FILE_BYTES:
-                            response.close()
-                            raise BatchCallError(
-                                f"an answer file is larger than {MAX_FILE_BYTES} bytes", "bad_output", sure=True
-                            )
-                        target.write(chunk)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise self._unreached(error, changes=False) from None
-
-    async def forget(self, file: str) -> None:
-        await self._call("DELETE", f"files/{file}")
-
-    async def _call(self, method: str, path: str, **options: Any) -> object:
+    async def call(self, method: str, path: str, **options: Any) -> object:
         changes = method == "POST"
         options["headers"] = await self._let_in() | options.get("headers", {})
         try:
             async with self._session.request(
-                method, self._where.url(path), allow_redirects=False, **options
+                method, f"{self._address}/{path}", allow_redirects=False, **options
             ) as response:
                 if not 200 <= response.status < 300:
                     raise await self._refused(response, changes=changes, quiet=path == "files")
@@ -238,10 +148,10 @@ class OpenAIBatchClient:
         said = overall_message(error) if quiet else provider_message(error, "", self._credentials.secrets)
         return BatchCallError(
             f"{status}: {said or response.reason or 'no reason given'}"[:200],
-            classify(self._where.profile, status, document),
+            classify(self._profile, status, document),
             sure=not changes or status < 500,
             missing=status == 404,
-            after_s=retry_after_s(self._where.profile, headers, self._now),
+            after_s=retry_after_s(self._profile, headers, self._now),
         )
 
     def _unreached(self, error: Exception, *, changes: bool) -> BatchCallError:
@@ -250,6 +160,107 @@ class OpenAIBatchClient:
         unsent = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
         message, found = outcome.error_message or "no answer", outcome.error_class or "server"
         return BatchCallError(message, found, sure=unsent or not changes)
+
+    async def download(self, source: str, path: Path) -> None:
+        try:
+            async with self._session.get(
+                f"{self._address}/{source}",
+                headers=await self._let_in(),
+                allow_redirects=False,
+                timeout=self.long,
+            ) as response:
+                if response.status != 200:
+                    raise await self._refused(response, changes=False)
+                size = 0
+                with path.open("wb") as target:
+                    async for chunk in response.content.iter_chunked(_CHUNK):
+                        size += len(chunk)
+                        if size > MAX_FILE_BYTES:
+                            response.close()
+                            raise BatchCallError(
+                                f"an answer file is larger than {MAX_FILE_BYTES} bytes", "bad_output", sure=True
+                            )
+                        target.write(chunk)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise self._unreached(error, changes=False) from None
+
+
+class OpenAIBatchClient:
+    """``/files`` and ``/batches`` below an endpoint's address: OpenAI, Azure's v1 path and their likes."""
+
+    def __init__(self, wire: Wire, *, route: str, poll_s: float) -> None:
+        self._wire, self._route, self._poll_s = wire, route, poll_s
+
+    async def upload(self, path: Path, intent: str) -> str:
+        with path.open("rb") as file, aiohttp.MultipartWriter("form-data") as form:
+            purpose = form.append("batch")
+            purpose.set_content_disposition("form-data", name="purpose")
+            rows = form.append(file, {"Content-Type": "application/jsonl"})
+            rows.set_content_disposition("form-data", name="file", filename=f"{intent}.jsonl")
+            found = await self._wire.call(
+                "POST", "files", data=form, headers={"Content-Type": form.content_type}, timeout=self._wire.long
+            )
+        reference = _text(found, "/id")
+        for _ in range(_FILE_WAITS):
+            # Azure takes a while to look a file over, and refuses a batch of it meanwhile.
+            if pointer(found, "/status") not in ("pending", "running", "notRunning"):
+                break
+            await asyncio.sleep(min(self._poll_s, 5.0))
+            found = await self._wire.call("GET", f"files/{reference}")
+        if pointer(found, "/status") in ("error", "failed"):
+            raise BatchCallError("the provider cannot read the uploaded file", "server", sure=True)
+        return reference
+
+    async def create(self, file: str, intent: str, *, chat: bool) -> str:
+        asked = {
+            "input_file_id": file,
+            "endpoint": f"{self._route}/{'chat/completions' if chat else 'completions'}",
+            "completion_window": _COMPLETION_WINDOW,
+            "metadata": {META_RUN: self._wire.run_id[:512], META_INTENT: intent},
+        }
+        return _text(await self._wire.call("POST", "batches", data=json.dumps(asked).encode()), "/id")
+
+    async def find(self, intent: str, since: datetime) -> str | None:
+        after = ""
+        for _ in range(_PAGES):
+            page = await self._wire.call("GET", f"batches?limit=100{after}")
+            listed = pointer(page, "/data")
+            if not isinstance(listed, list):
+                raise BatchCallError("the endpoint does not list its batches", "bad_output", sure=True)
+            for each in listed:
+                mine = pointer(each, f"/metadata/{META_INTENT}") == intent
+                if mine and pointer(each, f"/metadata/{META_RUN}") == self._wire.run_id[:512]:
+                    return _text(each, "/id")
+            created = pointer(listed[-1], "/created_at") if listed else None
+            # The newest come first; a day's grace for clocks that differ.
+            past = isinstance(created, int) and created < since.timestamp() - 86_400
+            last = pointer(listed[-1], "/id") if listed else None
+            if past or not isinstance(last, str) or not _ID.fullmatch(last) or pointer(page, "/has_more") is not True:
+                return None
+            after = f"&after={last}"
+        return None
+
+    async def look(self, batch: str) -> Look:
+        found = await self._wire.call("GET", f"batches/{batch}")
+        state = pointer(found, "/status")
+        if state not in STATES:
+            raise BatchCallError("the endpoint gives the batch no state we know", "bad_output", sure=True)
+        files = (pointer(found, "/output_file_id"), pointer(found, "/error_file_id"))
+        errors = pointer(found, "/errors/data")
+        return Look(
+            state,
+            tuple(file for file in files if isinstance(file, str) and _ID.fullmatch(file)),
+            tuple(each for each in errors if isinstance(each, dict)) if isinstance(errors, list) else (),
+        )
+
+    async def cancel(self, batch: str) -> None:
+        await self._wire.call("POST", f"batches/{batch}/cancel")
+
+    async def fetch(self, file: str, path: Path) -> None:
+        await self._wire.download(f"files/{file}/content", path)
+
+    async def forget(self, file: str) -> None:
+        await self._wire.call("DELETE", f"files/{file}")
 
 
 def _text(document: object, path: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,11 +122,11 @@ class Courier:
 
     async def fetch(self, look: Look, path: Callable[[], Path]) -> list[Path]:
         """Brings the answer files. Raises LostError where the provider does not hand them out."""
-        return [await self._patiently(lambda file=file: self._fetch(file, path())) for file in look.files]
-
-    async def _fetch(self, file: str, path: Path) -> Path:
-        await self._client.fetch(file, path)
-        return path
+        found: list[Path] = []
+        for file in look.files:
+            found.append(path())
+            await self._patiently(partial(self._client.fetch, file, found[-1]))
+        return found
 
     async def _upload(self, batch: Batch) -> str:
         for tried in range(1, _TRIES + 1):

@@ -13,7 +13,7 @@ import secrets as tokens
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import UTC, datetime
 from itertools import islice
@@ -26,18 +26,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from bidbeam.connectors.batch_answers import UNKNOWN, UNSENT, read_answers
-from bidbeam.connectors.batch_client import BatchClient, OpenAIBatchClient
+from bidbeam.connectors.batch_client import BatchClient, OpenAIBatchClient, Wire
 from bidbeam.connectors.batch_courier import Courier, GivenUpError, LostError, RefusedError
 from bidbeam.connectors.batch_journal import INTENT_ROWS, BatchJournal, Intent
 from bidbeam.connectors.batch_lines import custom_id, request_line
 from bidbeam.connectors.batch_options import BatchOptions, read_options
 from bidbeam.connectors.batch_rows import NOBODY, Batch, Gathering, new_intent
+from bidbeam.connectors.batch_vertex import VertexBatchClient
 from bidbeam.connectors.credentials import Credentials, credentials_for
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.http_transport import CONNECT_S, LOOP, endpoint, failure, open_session
 from bidbeam.connectors.http_wire import Outcome, SamplingError, read_sampling, request_body
 from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.store import Store
 
 MOST_ROWS = 1_000_000
 """Requests that are on their way at once, over all batches."""
@@ -87,12 +89,13 @@ class BatchEngine:
         booked: Callable[[Intent], npt.NDArray[np.bool_]],
         now: Callable[[], datetime] = _now,
         credentials: Credentials | None = None,
+        storage: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._name, self._model, self._their_model = spec.name, model, spec.models[model]
         self._endpoint = endpoint(spec)
-        self._options: BatchOptions = read_options(spec.options, spec.name)
+        self._options: BatchOptions = read_options(spec.options, spec.name, self._endpoint.profile.name)
         self._route = self._options.route
-        self._journal, self._seed, self._now = journal, seed, now
+        self._journal, self._seed, self._now, self._storage = journal, seed, now, storage
         self._credentials = credentials or credentials_for(spec, self._endpoint.profile.auth, now=now)
         self._directory = Path(tempfile.mkdtemp(prefix="bidbeam-batch-"))
 
@@ -133,16 +136,20 @@ class BatchEngine:
         return open_session(self._endpoint, spec, None, _CONNECTIONS)
 
     def _client(self, spec: PoolSpec, run_id: str) -> BatchClient:
-        return OpenAIBatchClient(
+        staged = self._options.staging is not None
+        address = VertexBatchClient.address(self._endpoint) if staged else self._endpoint.base_url
+        wire = Wire(
             self._session,
             self._endpoint,
+            address,
             run_id,
-            route=self._route,
             timeout_s=spec.timeout_s,
-            poll_s=self._options.poll_s,
             credentials=self._credentials,
             now=self._now,
         )
+        if self._options.staging is not None:
+            return VertexBatchClient(wire, self._their_model, Store.at(self._options.staging, self._storage))
+        return OpenAIBatchClient(wire, route=self._route, poll_s=self._options.poll_s)
 
     def _adopt(self, booked: Callable[[Intent], npt.NDArray[np.bool_]]) -> None:
         """Takes over the batches of this pool and model that the run has open."""

@@ -18,8 +18,12 @@ BATCH_OPTIONS: Mapping[str, str] = MappingProxyType(
         "max_rows": "the most requests in one file, at most 50000",
         "max_bytes": "the most bytes in one file, at most 200000000",
         "route": "what stands before /chat/completions in a row's url: /v1 or nothing",
+        "staging": "a directory that the provider reaches too, for one that reads rows from a bucket: gs://bucket/path",
     }
 )
+_FILES = ("openai-compatible", "openai", "azure")
+_STAGED = ("vertex",)
+_ROUTES = {"azure": ""}
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
@@ -39,12 +43,27 @@ class BatchOptions:
     max_rows: int = MAX_ROWS
     max_bytes: int = MAX_BYTES
     route: str = "/v1"
+    staging: str | None = None
+    """URL of the store where a provider that takes no uploads finds rows and leaves answers."""
 
 
 _DEFAULT = BatchOptions()
 
 
-def read_options(options: Mapping[str, Any], pool: str = "") -> BatchOptions:
+def check_profile(profile: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a profile's provider has no batch API, or lacks what its batch API needs."""
+    if profile not in (*_FILES, *_STAGED):
+        raise ConfigError(
+            f"profile {profile} has no batch API", key="profile", expected=" or ".join((*_FILES, *_STAGED))
+        )
+    if (profile in _STAGED) != (options.get("staging") is not None):
+        problem = "needs" if profile in _STAGED else "has no use for"
+        raise ConfigError(
+            f"profile {profile} {problem} options.staging", key="options.staging", expected=BATCH_OPTIONS["staging"]
+        )
+
+
+def read_options(options: Mapping[str, Any], pool: str = "", profile: str | None = None) -> BatchOptions:
     """The batch options among a pool's ``options``. Raises ConfigError that names the key."""
 
     def wrong(name: str, expected: str) -> ConfigError:
@@ -78,5 +97,6 @@ def read_options(options: Mapping[str, Any], pool: str = "") -> BatchOptions:
         patience_s=seconds("patience", _DEFAULT.patience_s),
         max_rows=whole("max_rows", MAX_ROWS),
         max_bytes=whole("max_bytes", MAX_BYTES),
-        route=_DEFAULT.route if route is None else str(route),
+        route=_ROUTES.get(profile or "", _DEFAULT.route) if route is None else str(route),
+        staging=None if options.get("staging") is None else str(options["staging"]),
     )

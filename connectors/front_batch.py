@@ -288,7 +288,8 @@ class BatchFront:
         if batch.cancel.is_set() or self._stopping.is_set():
             return None
         body = dict(row["body"])
-        status, answer = 404, {"error": {"message": "no such model", "code": "model_not_found"}}
+        status: int = 404
+        answer: dict[str, Any] = {"error": {"message": "no such model", "code": "model_not_found"}}
         if self._models is None or body.get("model") in self._models:
             body["model"] = body["model"] if self._models is None else self._models[body["model"]]
             status, answer = self._forward(str(row["url"]).removeprefix("/v1"), body)

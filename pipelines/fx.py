@@ -5,14 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from decimal import Decimal
+from decimal import Context, Decimal
 from pathlib import Path
 
-from bidbeam.pipelines.config_check import Fields, decimal_of, duration_of, fault, moment_of, nearest, shown, text_of
+from bidbeam.pipelines.config_check import (
+    Fields,
+    as_tuple_exponent,
+    decimal_of,
+    duration_of,
+    fault,
+    moment_of,
+    nearest,
+    shown,
+    text_of,
+)
 from bidbeam.pipelines.terms import FxRate, FxSource
 from bidbeam.pipelines.yaml_text import Node
 
 SOURCES = ("kraken", "coingecko", "file")
+_WIDE = Context(prec=100)
 DEFAULT_MAX_AGE = timedelta(hours=1)
 """Of rates that are fetched; one that is written down says how old it may be."""
 _FETCHED = ("source", "max_age", "symbol", "url", "path")
@@ -44,7 +55,7 @@ def rate_of(currency: str, node: Node) -> FxRate:
     fields = Fields(node, ("rate", "at", "source", "max_age"))
     rate = fields.need("rate", '{rate: "…", at: …, source: …}: USD per unit')
     value = decimal_of(rate, "USD per unit of the currency")
-    if value <= 0 or value != round(value, 18) or value.adjusted() >= 18:
+    if value <= 0 or as_tuple_exponent(value.normalize(_WIDE)) < -18 or value.adjusted() >= 18:
         raise fault(rate, f"is {shown(rate)}", "a rate above 0 with at most 18 places")
     at = moment_of(fields.need("at", "when the rate was valid, such as 2026-11-22T06:00:00Z"))
     source = text_of(fields.need("source", "where the rate is from"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bidbeam.connectors.batch_options import BATCH_OPTIONS, read_options
+from bidbeam.connectors.batch_options import BATCH_OPTIONS, check_profile, read_options
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.pools import Capacity, ModelSpec, PoolKind, PoolSpec
 from bidbeam.pipelines.config_check import (
@@ -211,6 +211,11 @@ def _options(fields: Fields, kind: PoolKind, name: str | None, base_url: str | N
         problem = None if entry.is_null else option_problem(chosen, key, given[key])
         if problem is not None:
             raise fault(entry, *problem, nearest(str(given[key]), chosen.choices.get(key, ())))
+    if kind == "batch":
+        try:
+            check_profile(chosen.name, given)
+        except ConfigError as error:
+            raise fault(node or fields.node, error.problem, error.expected) from None
     for key in needed_options(chosen, base_url):
         if given.get(key) in (None, ""):
             problem = f"profile {chosen.name} needs options.{key}"

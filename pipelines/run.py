@@ -20,6 +20,7 @@ from bidbeam.pipelines.progress import NullProgress, Progress
 from bidbeam.pipelines.summary import PoolTotal, RunSummary
 from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import stopping
+from bidbeam.transforms.batches import batches_of
 from bidbeam.transforms.failures import failure_of
 from bidbeam.transforms.finishing import read_manifest
 from bidbeam.transforms.run_context import RunContext
@@ -60,6 +61,7 @@ def _start(begun: Begun, beam_options: list[str], progress: Progress) -> Mapping
             if interrupted:
                 raise Interrupted(
                     f"run {context.run_id} was stopped; everything settled is kept. The same command resumes it"
+                    f"{_still_away(context)}"
                 ) from error
             if isinstance(cause, BidbeamError):
                 raise cause from error
@@ -68,6 +70,15 @@ def _start(begun: Begun, beam_options: list[str], progress: Progress) -> Mapping
     if manifest is None:
         raise BidbeamError(f"run {context.run_id} ended without a manifest; start it again to resume")
     return manifest
+
+
+def _still_away(context: RunContext) -> str:
+    """What goes on without us, for the message of a run that was stopped."""
+    with contextlib.suppress(BidbeamError, OSError):
+        away = len(batches_of(context).names())
+        if away:
+            return f", and collects {away} batch{'es' * (away > 1)} that the provider goes on with"
+    return ""
 
 
 def _pipeline(begun: Begun, beam_options: list[str]) -> None:
@@ -150,7 +161,7 @@ def summary(
 
     run_dir, ledger = places(job, rehearse=rehearse)
     complete = manifest["status"] == "complete"
-    baseline = manifest.get("baseline_cost")
+    baseline = None if manifest.get("baseline_unknown") else manifest.get("baseline_cost")
     return RunSummary(
         run_id=job.run_id,
         status="nothing_to_do" if nothing_to_do else ("complete" if complete else "incomplete"),

@@ -19,11 +19,14 @@ from bidbeam.connectors import batch_courier
 from bidbeam.connectors.batch_engine import BatchEngine
 from bidbeam.connectors.batch_journal import INTENT_ROWS, BatchJournal, Intent
 from bidbeam.connectors.batch_lines import custom_id, read_line
+from bidbeam.connectors.credentials import StaticKey
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.engine import REQUEST_FIELDS, Lasting
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.front_batch import BatchFront, Fate
+from bidbeam.connectors.front_vertex import VertexBatchFront
 from bidbeam.connectors.pools import PoolSpec, PriceSchedule
+from bidbeam.connectors.profile_record import Auth
 from bidbeam.connectors.profiles import profile
 from bidbeam.connectors.store import Store
 
@@ -53,6 +56,8 @@ class Desk:
     home: Path
     options: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
+    login: Any = None
+    model: str = "tiny"
     booked: Callable[[Intent], Any] = lambda intent: np.zeros(intent.rows.num_rows, np.bool_)
     engines: list[BatchEngine] = field(default_factory=list)
 
@@ -65,13 +70,15 @@ class Desk:
         spec = PoolSpec(
             "slow",
             "batch",
-            {"tiny": "tiny"},
+            {"tiny": self.model},
             price,
             base_url=self.front.base_url,
             options={"poll": "5ms", **self.options},
             **self.keys,
         )
-        engine = BatchEngine(spec, "tiny", self.journal, run_id="run-1", seed=SEED, booked=self.booked)
+        engine = BatchEngine(
+            spec, "tiny", self.journal, run_id="run-1", seed=SEED, booked=self.booked, credentials=self.login
+        )
         self.wake = threading.Event()
         engine.listen(self.wake.set)
         self.engines.append(engine)
@@ -528,3 +535,70 @@ def test_a_line_can_say_nothing_that_breaks_the_reading() -> None:
             now=_now,
         )
         assert line is None or line.outcome.status == "failed"
+
+
+# -- a bucket in between --
+
+
+def bucketed(front: VertexBatchFront, home: Path) -> dict[str, Any]:
+    options = {"staging": str(home / "bucket"), "project": "shop", "location": "europe-west4"}
+    return {"options": options, "keys": {"profile": "vertex"}, "login": StaticKey(Auth(), KEY), "model": "meta/tiny"}
+
+
+def test_rows_reach_vertex_through_a_bucket(
+    upstream: EndpointDouble, desk: Callable[..., Desk], tmp_path: Path
+) -> None:
+    """Uploaded as objects, run as one job of the publisher's model, and read back from where the job left them."""
+    with VertexBatchFront(upstream.base_url, key=KEY, models={"meta/tiny": "tiny"}) as front:
+        at = desk(front, **bucketed(front, tmp_path))
+        engine = at.open()
+        engine.submit(asks(12))
+        found = at.work(engine)
+        assert classes(found) == {"ok": 12}
+        assert len(front.batches) == 1
+        assert sum(row["output_tokens"] for row in found.values()) == sum(
+            ran.completion_tokens or 0 for ran in front.served
+        )
+
+
+def test_a_vertex_job_is_taken_over_by_its_name(
+    upstream: EndpointDouble, desk: Callable[..., Desk], tmp_path: Path
+) -> None:
+    """The answer to its creation was lost with the engine: the next one finds the job and makes no other."""
+    made = threading.Event()
+
+    def breaks(method: str, path: str) -> Reply | None:
+        if method == "POST" and path.endswith("batchPredictionJobs") and not made.is_set():
+            made.set()
+            return Reply(status=0)
+        return Reply.error(503, "later") if made.is_set() and not back.is_set() else None
+
+    back = threading.Event()
+    with VertexBatchFront(upstream.base_url, models={"meta/tiny": "tiny"}, intercept=breaks) as front:
+        at = desk(front, **bucketed(front, tmp_path))
+        engine = at.open()
+        engine.submit(asks(5))
+        engine.gathered()
+        assert made.wait(5)
+        engine.leave()
+        engine._loop.call_soon_threadsafe(lambda: [task.cancel() for task in engine._tasks])
+        engine.close()
+        back.set()
+        engine = at.open()
+        engine.submit(asks(5, times=2))
+        assert classes(at.work(engine)) == {"ok": 5}
+        assert len(front.batches) == 1
+
+
+def test_a_cancelled_or_failed_vertex_job_keeps_what_it_wrote(
+    upstream: EndpointDouble, desk: Callable[..., Desk], tmp_path: Path
+) -> None:
+    """What stands in the bucket counts, whatever the job says of itself; a quota is told as a want of room."""
+    fates = [Fate("cancelled", run=3), Fate("failed")]
+    with VertexBatchFront(upstream.base_url, models={"meta/tiny": "tiny"}, fates=fates) as front:
+        at = desk(front, **bucketed(front, tmp_path))
+        engine = at.open()
+        engine.submit(asks(5))
+        assert classes(at.work(engine)) == {"ok": 3, "server": 2}
+        engine.submit(asks(4, start=5))
+        assert classes(at.work(engine)) == {"capacity": 4}

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from small_jobs import Written, check_conserved, make_job, prompts, remote, total, written
+from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 
-from bidbeam.connectors.doubles import EndpointDouble
-from bidbeam.connectors.front_batch import BatchFront
+from bidbeam.connectors.doubles import EndpointDouble, Reply
+from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.front_batch import BatchFront, Fate
+from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
+from bidbeam.transforms import generate, shift
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -70,3 +82,177 @@ def test_a_run_on_a_batch_pool_is_one_file_and_its_ledger_is_the_provider_s_bill
     assert b"item 17 of the list" in sent
     assert front.batches[0].metadata["bidbeam_run"] == job.run_id
     assert not list((found.run_dir / "_journal").rglob("*.intent.arrow"))
+
+
+def started(path: Path) -> subprocess.Popen[bytes]:
+    """The run as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bidbeam.pipelines.cli", "run", str(path), "--run-date", str(DAY), "--quiet"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def until(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 40
+    while not true():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
+def away(home: Path) -> list[Path]:
+    """The notes of batches that are at the provider."""
+    return list(home.rglob("*.batch.json"))
+
+
+def test_a_killed_run_s_batch_is_collected_and_not_sent_again(tmp_path: Path, upstream: EndpointDouble) -> None:
+    """SIGKILL after submission; meanwhile two rows leave the input and three come. The provider's own books show each
+    request once, the ledger agrees with them to the last digit, and books the answers that nobody asks for any more."""
+    with BatchFront(upstream.base_url, held=True) as front:
+        path = write_job(tmp_path, prompts(40), [batch(front)], budget={"max_cost": "0.02"})
+        process = started(path)
+        try:
+            until(lambda: away(tmp_path))
+        finally:
+            process.kill()
+            process.communicate()
+        assert (len(front.batches), len(front.served)) == (1, 0)
+        pq.write_table(prompts(41, start=2), tmp_path / "in" / "a.parquet")
+        front.release()
+        job = Job.from_yaml(path, run_date=DAY)
+        summary = run(job)
+        assert (summary.status, summary.served) == ("complete", 41)
+        assert [len(sent.rows) for sent in front.batches] == [40, 3]
+        assert max(Counter(row.custom_id for row in front.served).values()) == 1
+        # A third start has nothing to do.
+        assert run(job).status == "nothing_to_do"
+        assert len(front.batches) == 2
+    found = written(job)
+    assert total(found.rows("charges")) == bill(front) == Decimal(found.manifest["cost"])
+    assert len(found.attempts) == 43
+    stray = {row["request_id"] for row in found.attempts} - set(found.outputs.column("request_id").to_pylist())
+    assert stray == {"q0", "q1"}
+    assert not list(found.run_dir.rglob("*.intent.arrow"))
+    assert {row["payment_rule"] for row in found.rows("awards")} >= {"adopted"}
+
+
+def test_a_run_killed_while_its_batch_is_made_finds_it_by_its_metadata(
+    tmp_path: Path, upstream: EndpointDouble
+) -> None:
+    """The batch came to be, its id was never written down: the next start finds it, and an endpoint beside it, cheaper
+    by now, is not asked for what is in it."""
+    made = threading.Event()
+    go = threading.Event()
+    with EndpointDouble(["tiny"]) as near, BatchFront(upstream.base_url, intercept=until_made(made, go)) as front:
+        path = write_job(tmp_path, prompts(20), [batch(front)])
+        process = started(path)
+        try:
+            assert made.wait(40)
+        finally:
+            process.kill()
+            process.communicate()
+        go.set()
+        assert len(list(tmp_path.rglob("*.creating.json"))) == 1
+        assert not away(tmp_path)
+        cheap = {"input": "0.001", "output": "0.001"}
+        write_job(tmp_path, prompts(25), [batch(front), remote("near", near.base_url, price=cheap)])
+        job = Job.from_yaml(path, run_date=DAY)
+        assert run(job).served == 25
+        assert ([len(sent.rows) for sent in front.batches], len(near.requests)) == ([20], 5)
+    found = check(job, 25)
+    assert len(found.attempts) == 25
+
+
+def until_made(made: threading.Event, go: threading.Event) -> Callable[[str, str], Reply | None]:
+    """A provider that makes the first batch and then says nothing more until ``go``."""
+
+    def intercept(method: str, path: str) -> Reply | None:
+        if (method, path) == ("POST", "batches") and not made.is_set():
+            made.set()
+            return Reply(status=0)
+        if made.is_set() and not go.is_set():
+            return Reply.error(503, "later")
+        return None
+
+    return intercept
+
+
+def test_ctrl_c_leaves_the_batch_to_the_next_start(tmp_path: Path, upstream: EndpointDouble) -> None:
+    """Interrupted at once, with a message that says what collects it; nothing is cancelled, and nothing booked yet."""
+    with BatchFront(upstream.base_url, held=True) as front:
+        path = write_job(tmp_path, prompts(15), [batch(front)])
+        process = started(path)
+        until(lambda: away(tmp_path))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 4
+        assert b"collects 1 batch that the provider goes on with" in said
+        assert front.batches[0].state != "cancelling"
+        front.release()
+        job = Job.from_yaml(path, run_date=DAY)
+        assert run(job).served == 15
+        assert len(front.batches) == 1
+    found = check(job, 15)
+    assert total(found.rows("charges")) == bill(front)
+
+
+def test_the_deadline_cancels_a_batch_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the batch had not run by then ends for want of time; what it had is served, and paid for."""
+    with EndpointDouble(["tiny"], Reply.slow(0.02)) as double, BatchFront(double.base_url) as front:
+
+        def now() -> datetime:
+            return datetime.now(UTC) + timedelta(days=2 * (len(front.served) >= 5))
+
+        monkeypatch.setattr(generate, "Shift", partial(shift.Shift, now=now))
+        job = make_job(tmp_path, prompts(400), [batch(front)], deadline="30h")
+        summary = run(job)
+        assert summary.status == "incomplete"
+        assert front.batches[0].state == "cancelled"
+        assert 0 < summary.served == len(front.served) < 400
+        assert summary.dead == {"deadline": 400 - summary.served}
+    found = check(job, 400)
+    assert total(found.rows("charges")) == bill(front)
+
+
+@pytest.mark.parametrize(("deadline", "winner"), [("30h", "slow"), ("2h", "near")], ids=["generous", "tight"])
+def test_the_auction_takes_the_cheap_batch_only_where_the_deadline_allows(
+    tmp_path: Path, upstream: EndpointDouble, capsys: pytest.CaptureFixture[str], deadline: str, winner: str
+) -> None:
+    """At half the price and a day's turnaround: it wins what can wait, and loses what cannot, through the command."""
+    with EndpointDouble(["tiny"]) as near, BatchFront(upstream.base_url) as front:
+        pools = [remote("near", near.base_url), batch(front, options={"window": "24h"})]
+        path = write_job(tmp_path, prompts(12), pools, deadline=deadline)
+        assert invoke(["run", str(path), "--run-date", str(DAY), "--quiet"]) == 0
+        assert (len(front.batches), len(near.requests)) == ((1, 0) if winner == "slow" else (0, 12))
+    capsys.readouterr()
+    found = check(Job.from_yaml(path, run_date=DAY), 12)
+    assert {row["pool"] for row in found.rows("awards")} == {winner}
+    reasons = {row["reject_reason"] for row in found.rows("bids") if row["pool"] == "slow"}
+    assert reasons == ({None} if winner == "slow" else {"deadline"})
+
+
+def test_what_an_expired_batch_did_not_run_is_bought_elsewhere(tmp_path: Path, upstream: EndpointDouble) -> None:
+    """Its answers are kept; the rest goes to the next round, where the pool that failed it stands back."""
+    with EndpointDouble(["tiny"]) as near, BatchFront(upstream.base_url, fates=[Fate("expired", run=7)]) as front:
+        job = make_job(tmp_path, prompts(12), [remote("near", near.base_url), batch(front)])
+        assert run(job).served == 12
+        assert (len(front.served), len(near.requests)) == (7, 5)
+    found = check(job, 12)
+    assert Counter(row["error_class"] for row in found.attempts) == {None: 12, "timeout": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"window": "soon"}, "a duration such as"),
+        ({"max_rows": "60000"}, "a whole number from 1 to 50000"),
+        ({"route": "v1/"}, "a path such as /v1"),
+        ({"windw": "24h"}, "did you mean 'window'"),
+        ({"staging": "gs://bucket/place"}, "has no use for options.staging"),
+    ],
+)
+def test_wrong_options_are_told_with_their_line(tmp_path: Path, options: dict[str, str], said: str) -> None:
+    """A batch pool's options are checked before anything is sent, like every other key."""
+    pool = remote("slow", "http://127.0.0.1:9/v1", kind="batch", price=HALF, options=options)
+    with pytest.raises(ConfigError, match=said):
+        Job.from_yaml(write_job(tmp_path, prompts(1), [pool]), run_date=DAY)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from provider_fronts import PRICES, standing
-from small_jobs import DAY, check_conserved, prompts, remote, total, write_job, written
+from small_jobs import DAY, check_conserved, make_job, prompts, remote, total, write_job, written
 from tiny_model import tiny_model
 from vllm_server import Starting, VllmServer
 
+from bidbeam.connectors.front_batch import BatchFront
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress
-from bidbeam.pipelines.run import run_job
+from bidbeam.pipelines.run import run, run_job
 
 pytestmark = pytest.mark.engine
 
@@ -84,3 +85,46 @@ def test_a_run_buys_from(
     for file in tmp_path.rglob("*"):
         content = file.read_bytes() if file.is_file() and file.name != "account.json" else b""
         assert not any(secret in content for secret in (b"planted", b"ya29.", b"sagemaker-api-key")), file
+
+
+def test_a_batch_run_on_a_real_server_costs_what_the_server_counted(
+    tmp_path: Path, server: VllmServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cheap batch beside a dearer endpoint of the same server, exact tokens: one file, and not a token unaccounted."""
+    monkeypatch.setenv("FRONT_KEY", "key-of-the-batch-front-0123456789")
+    before = server.counters()
+    with BatchFront(server.base_url, key="key-of-the-batch-front-0123456789", models={"vendor/tiny": "tiny"}) as front:
+        slow = remote(
+            "slow",
+            front.base_url,
+            kind="batch",
+            models={"tiny": "vendor/tiny"},
+            price={"input": "0.05", "cached_input": "0.005", "output": "0.20"},
+            api_key_env="FRONT_KEY",
+            options={"window": "24h", "poll": "50ms"},
+        )
+        job = make_job(
+            tmp_path,
+            prompts(48),
+            [slow, remote("near", server.base_url)],
+            models={"tiny": {"source": tiny_model()}},
+            deadline="48h",
+        )
+        summary = run(job)
+        assert (summary.status, summary.served, len(front.batches)) == ("complete", 48, 1)
+    after = server.counters()
+    found = written(job)
+    check_conserved(found, 48)
+    attempts = found.attempts
+    assert {row["pool"] for row in attempts} == {"slow"}
+    for name in ("input_tokens", "cached_tokens", "output_tokens"):
+        assert sum(row[name] for row in attempts) == after[name] - before[name]
+    assert all(row["recount_input_tokens"] == row["input_tokens"] for row in attempts)
+    tokens = {
+        meter: sum(c["quantity"] for c in found.rows("charges") if c["meter"] == meter)
+        for meter in ("uncached_input", "cached_input", "output")
+    }
+    assert tokens["cached_input"] == sum(ran.cached_tokens or 0 for ran in front.served) > 0
+    assert tokens["output"] == sum(ran.completion_tokens or 0 for ran in front.served)
+    assert total(found.rows("charges")) == total(found.rows("requests"))
+    assert b"key-of-the-batch-front" not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from small_jobs import by_the_hour, make_job, prompts, remote
+from small_jobs import DAY, LATIN, by_the_hour, make_job, prompts, remote, write_job
 from tiny_model import tiny_model
 
-from bidbeam.connectors.doubles import EndpointDouble
+from bidbeam.connectors.doubles import OK, EndpointDouble, Reply, Seen
 from bidbeam.connectors.errors import InputError
 from bidbeam.pipelines.cli import invoke
+from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.quote import quote_job
 from bidbeam.pipelines.run import run
+from bidbeam.pipelines.show import quote_text
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -129,6 +132,92 @@ def test_no_run_costs_more_than_its_quotes_worst_case(rows: list[tuple[str, int,
     assert quote.expected_cost <= quote.worst_case_cost
     assert (summary.input_tokens, quote.estimated) == (quote.input_tokens, False)
     assert summary.ideal_cached_tokens == quote.ideal_cached_tokens
+
+
+def _half_shared(count: int, start: int) -> pa.Table:
+    """Prompts of four products, each with instructions of its own."""
+    return pa.concat_tables(
+        prompts(
+            count // 4, start=start, shared=f"{LATIN} The product is number {product} of four, be brief with it"
+        ).set_column(0, "id", pa.array([f"p{product}-{start + n}" for n in range(count // 4)]))
+        for product in range(4)
+    )
+
+
+@pytest.mark.parametrize("flaky", [False, True])
+def test_after_one_run_a_quote_is_within_a_tenth_of_the_bill(tmp_path: Path, flaky: bool) -> None:
+    """Real runs of one job on two days: the first shows how short answers are, what caches do, and who fails.
+
+    Answers are an eighth of what they may be, tokens are counted otherwise than we estimate, and one in four tries on
+    the cheap pool fails where it is flaky, to be bought again for three times the money.
+    """
+
+    def behave(seen: Seen) -> Reply:
+        return Reply.error(500) if flaky and seen.number % 4 == 0 else OK
+
+    dear = {"input": "0.30", "cached_input": "0.03", "output": "1.20"}
+    with EndpointDouble(["tiny"], behave) as cheap, EndpointDouble(["tiny"]) as sure:
+        pools = [remote("cheap", cheap.base_url), remote("sure", sure.base_url, price=dear)]
+        terms: dict[str, Any] = {"sampling": {"max_tokens": 64, "temperature": 0}, "auction": {"rounds": 3}}
+        blind = quote_job(make_job(tmp_path, _half_shared(120, 0), pools, **terms))
+        first = run(make_job(tmp_path, _half_shared(120, 0), pools, **terms))
+        path = write_job(tmp_path, _half_shared(160, 500), pools, **terms)
+        job = Job.from_yaml(path, run_date=DAY + timedelta(days=1))
+        quote = quote_job(job)
+        bill = run(job)
+    assert (first.served, bill.served) == (120, 160)
+    assert blind.expected_cost > 2 * first.cost
+    assert abs(quote.expected_cost - bill.cost) <= bill.cost / 10
+    assert bill.cost <= quote.worst_case_cost
+    assert first.cost <= blind.worst_case_cost
+    by_name = {pool.pool: pool for pool in quote.pools}
+    assert by_name["cheap"].answers == 120 - (first.pools[1].requests if flaky else 0)
+    assert by_name["cheap"].failure_rate == pytest.approx(0.25 if flaky else 0, abs=0.05)
+    assert by_name["cheap"].finish_s is not None
+
+
+def test_after_one_rehearsal_a_quote_of_the_next_is_within_a_tenth(tmp_path: Path) -> None:
+    """With ``--rehearse`` a quote prices the rehearsal by earlier ones; a real run is quoted without them."""
+    pools = [remote("near"), remote("far", price={"input": "0.20", "output": "0.90"})]
+    terms: dict[str, Any] = {"sampling": {"max_tokens": 200, "temperature": 0}}
+    job = make_job(tmp_path, _half_shared(400, 0), pools, **terms)
+    real = quote_job(job)
+    run(job, rehearse=True)
+    path = write_job(tmp_path, _half_shared(600, 500), pools, **terms)
+    job = Job.from_yaml(path, run_date=DAY + timedelta(days=1))
+    quote, bill = quote_job(job, rehearse=True), run(job, rehearse=True)
+    assert abs(quote.expected_cost - bill.cost) <= bill.cost / 10
+    assert bill.cost <= quote.worst_case_cost
+    assert quote_job(job).pools[0].answers == 0
+    assert real.expected_cost * 3 / 2 == pytest.approx(quote_job(job).expected_cost, rel=Decimal("0.1"))
+
+
+def test_a_quote_prints_the_market(tmp_path: Path) -> None:
+    """A row per pool: price, capacity, what it asks for all it may serve, its part of the plan, or why it has none."""
+    pools = [
+        remote("near"),
+        remote("far", price={"input": "1", "output": "2"}, capacity={"concurrency": 7, "tokens_per_second": 1000}),
+        remote("out", placement={"jurisdiction": "US"}),
+    ]
+    job = make_job(tmp_path, prompts(30), pools, placement={"jurisdictions": ["EEA"]})
+    assert {pool.why_not for pool in quote_job(job).pools if pool.pool != "out"} == {
+        "placement:jurisdiction (undeclared)"
+    }
+    quote = quote_job(make_job(tmp_path, prompts(30), pools, budget={"max_cost": "0.01"}))
+    near, far, _ = quote.pools
+    assert (near.capacity, far.capacity) == ("4 at once", "7 at once, 1,000 tokens/s")
+    assert near.asks == near.expected_cost == quote.expected_cost
+    assert far.asks is not None
+    assert far.asks > near.asks
+    assert (far.asks_lots, far.lots, far.why_not) == (quote.lots, 0, "others bid less")
+    assert quote.lp_bound is not None
+    assert quote.lp_bound <= quote.expected_cost * Decimal("1.03")
+    assert quote.reserved_cost is not None
+    assert quote.expected_cost <= quote.reserved_cost <= quote.worst_case_cost <= Decimal("0.01")
+    text = quote_text(quote)
+    for shown in ("7 at once, 1,000 tokens/s", "others bid less", "reserved", "worst case", "lower bound"):
+        assert shown in text
+    assert "earlier runs" not in text
 
 
 def test_the_quote_command_prints_and_exits_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

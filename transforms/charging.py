@@ -198,6 +198,12 @@ def _amounts(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
     return add_costs(amounts, rows.num_rows)
 
 
+def served_rows(rows: pa.Table) -> int:
+    """How many of the attempts in SEGMENT rows served their request."""
+    served = pc.and_not(pc.equal(rows.column("status"), "ok"), pc.is_in(rows.column("kind"), _NOT_SERVING))
+    return int(pc.sum(served).as_py() or 0)
+
+
 def _serving(rows: pa.RecordBatch) -> pa.Array:
     served = pc.equal(rows.column("status"), "ok")
     excluded = pc.is_in(rows.column("kind"), _NOT_SERVING)

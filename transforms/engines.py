@@ -158,6 +158,7 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
                 batches_of(context),
                 run_id=context.run_id,
                 seed=context.seed,
+                storage=context.storage,
                 booked=lambda intent: booked_rows(context, intent),
             )
         )

@@ -81,6 +81,7 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
         "tolerated": record.tolerated,
         "cost": f"{total.cost:f}",
         "baseline_cost": None if total.baseline_cost is None else f"{total.baseline_cost:f}",
+        "baseline_unknown": total.baseline_unknown,
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
         "input": record.fingerprint,
         "version": record.version,
@@ -107,6 +108,7 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
         cost=Decimal(before["cost"]),
         baseline_cost=None if baseline is None else Decimal(baseline),
         pools=tuple(PoolCount(**{**pool, "cost": Decimal(pool["cost"])}) for pool in before["pools"]),
+        baseline_unknown=before.get("baseline_unknown", 0),
     )
 
 

@@ -47,6 +47,8 @@ class Published:
     baseline_cost: Decimal | None = None
     """What the served requests would have cost at the baseline; None where there is none."""
     pools: tuple[PoolCount, ...] = ()
+    baseline_unknown: int = 0
+    """Served requests of which the baseline's cost is not known; while there is one, nor is that of the run."""
 
     def __add__(self, other: Published) -> Published:
         dead = {r: self.dead.get(r, 0) + other.dead.get(r, 0) for r in sorted({*self.dead, *other.dead})}
@@ -62,6 +64,7 @@ class Published:
             self.cost + other.cost,
             _add(self.baseline_cost, other.baseline_cost),
             _merge_pools((*self.pools, *other.pools)),
+            self.baseline_unknown + other.baseline_unknown,
         )
 
 

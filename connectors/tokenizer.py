@@ -95,6 +95,11 @@ class ModelTools:
         raise TypeError("ModelTools does not pickle: pass its directory and call model_tools() where it is used")
 
     @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer itself: no truncation, no padding."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
 

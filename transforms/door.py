@@ -149,6 +149,7 @@ class Door:
                 "kind": _constant("primary" if attempt_no == 1 else "retry", n),
                 "input_tokens": columns["input_tokens"],
                 "tokens_exact": _array(spilled, "tokens_exact"),
+                "sampling": columns["sampling"],
                 "max_tokens": columns["max_tokens"],
                 "n": _array(spilled, "n").cast(pa.int16()),
                 "ideal_cached_tokens": pa.array(reusable.astype(np.int32)),

@@ -20,6 +20,7 @@ from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.engines import clock_ms
+from bidbeam.transforms.output_checks import check_answers
 from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
 
 NOT_SENT = "not sent"
@@ -57,6 +58,8 @@ class Lane:
     """Whether the engine has loaded; nothing is sent before. Raises ModelError where it never will."""
     retire: Callable[[], None] | None = None
     """Gives back what was rented for this lane, before its books are closed: its time counts, used or not."""
+    recount: Callable[[pa.RecordBatch], pa.Array] | None = None
+    """Our own count of the answers' tokens (int64), where the model's tokenizer is known and the pool is not ours."""
     reserved_ms: int | None = None
     """The most milliseconds that this round may use of the accelerator; None: no bound."""
     queue: deque[Lot] = field(default_factory=deque)
@@ -257,7 +260,12 @@ class Lane:
                 rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
                 requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
             if results.num_rows:
-                rows.append(settle(requests, results, self.terms, accelerator_ms=busy if metered else None))
+                results = check_answers(requests.column("sampling"), results)
+                counted = self.recount(results) if self.recount is not None else None
+                milliseconds = busy if metered else None
+                rows.append(
+                    settle(requests, results, self.terms, accelerator_ms=milliseconds, recount_output_tokens=counted)
+                )
         elif busy:
             rows += self._overhead("accelerator_second", busy, now)
         if final and self.down and self._outstanding:

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 _AT_ONCE = 4096  # texts encoded together; bounds the encodings held in memory
 
 
+def recount_results(results: pa.RecordBatch, tokenizer: Tokenizer) -> pa.Array:
+    """Tokens of each answer of RESULT_SCHEMA rows, all its samples, as int64[n]; NULL where there is none."""
+    samples = results.column("samples")
+    alone = recount_outputs(pc.if_else(pc.is_null(samples), results.column("output"), None), tokenizer)
+    if samples.null_count == len(samples):
+        return alone
+    return pc.coalesce(recount_outputs(samples, tokenizer), alone)
+
+
 def recount_outputs(texts: pa.Array, tokenizer: Tokenizer) -> pa.Array:
     """Tokens of each answer as int64[n], NULL where the answer is.
 

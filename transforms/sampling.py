@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bidbeam.connectors.json_schemas import Checker, schema_of
 from bidbeam.transforms.row_values import python_values
 
 KEYS = ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "response_format")
@@ -135,6 +136,14 @@ def _object(value: Any) -> Any:
     return parsed
 
 
+def _format(value: Any) -> Any:
+    parsed = _object(value)
+    schema = schema_of(parsed)
+    if not isinstance(schema, bool | None):
+        Checker(schema)
+    return parsed
+
+
 _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "max_tokens": (_whole(1, 2**31 - 1), "a whole number from 1"),
     "temperature": (_in_range(lambda v: v >= 0), "a number from 0"),
@@ -142,7 +151,7 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "n": (_whole(1, 2**15 - 1), "a whole number from 1"),
     "seed": (_whole(-(2**63), 2**63 - 1), "a whole number of 64 bits"),
     "stop": (_stop, "a text or a list of texts, none empty"),
-    "response_format": (_object, "a JSON object"),
+    "response_format": (_format, "an object of type text, json_object or json_schema, with a valid schema"),
 }
 
 

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
+from bidbeam.connectors.tokenizer import model_tools
 from bidbeam.transforms import dispatch, heartbeat, stopping
 from bidbeam.transforms.batches import settle_strays
 from bidbeam.transforms.door import Door, LotRequests
@@ -42,6 +43,7 @@ from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
 from bidbeam.transforms.lots import LOT, part_of_lot
 from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
+from bidbeam.transforms.recount import recount_results
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.spilling import SpillRef
@@ -252,9 +254,18 @@ class Shift:
                 round=self._task.round,
                 loaded=slot.loaded,
                 retire=slot.retire,
+                recount=self._recount(pool, model),
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]
+
+    def _recount(self, pool: str, model: str) -> Callable[[pa.RecordBatch], pa.Array] | None:
+        """How to count a pool's answers ourselves; None for our own engines, which count what they made."""
+        directory = self._context.models[model].directory if model in self._context.models else None
+        if directory is None or self._context.rehearse or self._specs[pool].kind == "vllm":
+            return None
+        tokenizer = model_tools(directory).tokenizer
+        return lambda results: recount_results(results, tokenizer)
 
     def _announcer(self, slot: Slot, terms: Terms) -> Callable[[pa.RecordBatch], Future[None]] | None:
         """How a lane writes down what it is about to send. A rehearsal sends nothing; some engines keep their own

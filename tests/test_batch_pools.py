@@ -105,7 +105,9 @@ def away(home: Path) -> list[Path]:
     return list(home.rglob("*.batch.json"))
 
 
-def test_a_killed_run_s_batch_is_collected_and_not_sent_again(tmp_path: Path, upstream: EndpointDouble) -> None:
+def test_a_killed_run_s_batch_is_collected_and_not_sent_again(
+    tmp_path: Path, upstream: EndpointDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL after submission; meanwhile two rows leave the input and three come. The provider's own books show each
     request once, the ledger agrees with them to the last digit, and books the answers that nobody asks for any more."""
     with BatchFront(upstream.base_url, held=True) as front:
@@ -133,7 +135,11 @@ def test_a_killed_run_s_batch_is_collected_and_not_sent_again(tmp_path: Path, up
     stray = {row["request_id"] for row in found.attempts} - set(found.outputs.column("request_id").to_pylist())
     assert stray == {"q0", "q1"}
     assert not list(found.run_dir.rglob("*.intent.arrow"))
-    assert {row["payment_rule"] for row in found.rows("awards")} >= {"adopted"}
+    ledger = str(tmp_path / "ledger")
+    capsys.readouterr()
+    assert invoke(["ledger", "verify", ledger]) == 0
+    assert invoke(["explain", ledger, "q5"]) == 0
+    assert "no auction was held" in capsys.readouterr().out
 
 
 def test_a_run_killed_while_its_batch_is_made_finds_it_by_its_metadata(

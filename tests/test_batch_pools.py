@@ -262,3 +262,38 @@ def test_wrong_options_are_told_with_their_line(tmp_path: Path, options: dict[st
     pool = remote("slow", "http://127.0.0.1:9/v1", kind="batch", price=HALF, options=options)
     with pytest.raises(ConfigError, match=said):
         Job.from_yaml(write_job(tmp_path, prompts(1), [pool]), run_date=DAY)
+
+
+def test_a_crash_between_segments_books_no_answer_twice(
+    tmp_path: Path, upstream: EndpointDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four batches one is in the journal when the run dies: the next start collects them all again, and books the
+    other three."""
+    real, calls = shift.write_segment, [0]
+
+    def dies(*args: Any, **keys: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("the worker died")
+        return real(*args, **keys)
+
+    monkeypatch.setattr(shift, "_SEGMENT_S", 0.0)
+    monkeypatch.setattr(shift, "write_segment", dies)
+    go = threading.Event()
+
+    def one_by_one(method: str, path: str) -> Reply | None:
+        # The first batch ends at once, the others once its answers are written down.
+        waits = path.startswith("batches/") and path != "batches/batch_000001" and calls[0] == 0 and not go.is_set()
+        return Reply.error(503, "later") if waits else None
+
+    with BatchFront(upstream.base_url, intercept=one_by_one) as front:
+        job = make_job(tmp_path, prompts(40), [batch(front, options={"max_rows": "10"})])
+        with pytest.raises(Exception, match="the worker died"):
+            run(job)
+        go.set()
+        assert len(front.batches) == 4
+        assert run(job).served == 40
+        assert len(front.batches) == 4
+    found = check(job, 40)
+    assert len(found.attempts) == 40
+    assert total(found.rows("charges")) == bill(front)

@@ -43,6 +43,8 @@ from bidbeam.connectors.store import Store
 
 MOST_ROWS = 1_000_000
 """Requests that are on their way at once, over all batches."""
+_BURST = 4_096
+"""Requests that it takes between two polls."""
 _CHUNK = 2_048
 _LINE_MORE = 256
 """Bytes of a row beside its body, at most."""
@@ -103,6 +105,7 @@ class BatchEngine:
         self._gatherings: dict[bool, Gathering] = {}
         self._claimable: dict[bytes, list[tuple[Batch, int]]] = {}
         self._told_all = False
+        self._burst = 0
         self._closed = False
         # Held while requests are matched with batches that were taken over, and while one of those begins to be read.
         self._claims = threading.Lock()
@@ -171,7 +174,8 @@ class BatchEngine:
 
     @property
     def room(self) -> int:
-        return 0 if self.dead else max(0, MOST_ROWS - self.in_flight)
+        # A million rows at once would keep the shift's other pools waiting.
+        return 0 if self.dead else max(0, min(MOST_ROWS - self.in_flight, _BURST - self._burst))
 
     @property
     def in_flight(self) -> int:
@@ -196,6 +200,8 @@ class BatchEngine:
             self._asked += requests.num_rows
         with self._claims:
             self._hand(self._take(requests))
+        self._burst += requests.num_rows
+        self._wake()  # so that the caller comes back at once with more
 
     def gathered(self) -> None:
         for chat in list(self._gatherings):
@@ -205,6 +211,7 @@ class BatchEngine:
             self._loop.call_soon_threadsafe(self._all_asked.set)
 
     def poll(self) -> list[pa.RecordBatch]:
+        self._burst = 0
         with self._lock:
             if self._broken is not None:
                 raise self._broken

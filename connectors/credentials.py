@@ -134,13 +134,17 @@ def credentials_for(spec: PoolSpec, auth: Auth, *, now: Callable[[], datetime] =
     if auth.tokens == "entra":
         return BearerTokens(entra_tokens(auth.scope, where), now=now)
     if auth.tokens == "sagemaker":
-        region, aws_profile = str(spec.options.get("region", "")), spec.options.get("aws_profile")
-        source = sagemaker_tokens(region, where, None if aws_profile is None else str(aws_profile))
-        return BearerTokens(source, now=now)
+        return BearerTokens(_aws(spec), now=now)
     if auth.required:
         expected = "the name of a variable that holds one" + (f", or {auth.env} set" if auth.env else "")
         raise ConfigError(f"pool {spec.name} has no key", key=f"{where}.api_key_env", expected=expected)
     return StaticKey(auth, None)
+
+
+def _aws(spec: PoolSpec) -> TokenSource:
+    aws_profile = spec.options.get("aws_profile")
+    region = str(spec.options.get("region", ""))
+    return sagemaker_tokens(region, f"pools.{spec.name}", None if aws_profile is None else str(aws_profile))
 
 
 def check_credentials(spec: PoolSpec) -> None:
@@ -151,7 +155,7 @@ def check_credentials(spec: PoolSpec) -> None:
     from bidbeam.connectors.profiles import profile
 
     chosen = profile(spec.profile)
-    if chosen.transport != "http":
-        read_key(spec)
-        return
-    credentials_for(spec, chosen.auth).refresh()
+    if chosen.transport == "sagemaker":
+        _aws(spec)()  # what signs a token signs every request of AWS's own client
+    else:
+        credentials_for(spec, chosen.auth).refresh()

@@ -52,10 +52,10 @@ def fetch_json(
     where = bare(url)
     try:
         status, body = LOOP.run(ask(), timeout_s + 5.0)
-    except (aiohttp.ClientError, TimeoutError, FutureTimeout, OSError, asyncio.CancelledError, ValueError) as error:
-        known = isinstance(error, aiohttp.ClientError | TimeoutError | OSError)
-        why = transport_failure(error, timeout_s).error_message if known else "the address cannot be called"
-        raise FeedError(f"{where}: {why}") from None
+    except (aiohttp.ClientError, TimeoutError, FutureTimeout, OSError) as error:
+        raise FeedError(f"{where}: {transport_failure(error, timeout_s).error_message}") from None
+    except (asyncio.CancelledError, ValueError):
+        raise FeedError(f"{where}: the address cannot be called") from None
     if status in (401, 403):
         raise FeedError(f"{where} asks for a key ({status}); is the pool's key set and valid?")
     if status != 200:

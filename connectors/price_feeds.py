@@ -201,8 +201,9 @@ def check_plausible(
     input_, output = unit_prices.get("uncached_input"), unit_prices.get("output")
     if input_ is not None and output is not None and input_ > MOST_INPUT_TO_OUTPUT * output > 0:
         raise FeedError(f"input costs more than {MOST_INPUT_TO_OUTPUT} times the output, which cannot be")
-    for meter in ("cached_input", "cache_write"):
-        also = unit_prices.get(meter)  # type: ignore[call-overload]  # both are meters
+    derived: tuple[Meter, ...] = ("cached_input", "cache_write")
+    for meter in derived:
+        also = unit_prices.get(meter)
         limit = 1 if meter == "cached_input" else MOST_INPUT_TO_OUTPUT
         if also is not None and input_ is not None and also > limit * input_:
             raise FeedError(f"{meter.replace('_', ' ')} is dearer than an uncached token can explain")
@@ -279,14 +280,14 @@ def _entry(document: object, model: str, served_by: str | None) -> object:
     data: Any = document.get("data") if isinstance(document, dict) else document
     if not isinstance(data, list):
         raise FeedError("the feed holds no list of models")
-    names = []
+    known: list[str] = []
     for each in data:
         name = each.get("id") if isinstance(each, dict) else None
         if name == model:
             return each
         if isinstance(name, str):
-            names.append(name)
-    raise FeedError(f"the feed does not name the model {model!r}{_near(model, names)}")
+            known.append(name)
+    raise FeedError(f"the feed does not name the model {model!r}{_near(model, known)}")
 
 
 def _near(wrong: str, names: list[str]) -> str:

@@ -9,6 +9,7 @@ import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from bidbeam.connectors.errors import ConfigError
@@ -16,6 +17,8 @@ from bidbeam.connectors.errors import ConfigError
 SAGEMAKER_PREFIX = "sagemaker-api-key-"
 SAGEMAKER_HOST = "sagemaker.amazonaws.com"
 SAGEMAKER_ACTION = "CallWithBearerToken"
+_LOGIN_S = 20.0
+"""Google's own patience is two minutes, for which no run should hang when it is told to end."""
 _SIGNED_FOR = timedelta(hours=1)
 _USED_FOR = timedelta(minutes=15)
 """A token is no better than the credentials that signed it, which may end first: sign often, it costs nothing."""
@@ -58,7 +61,7 @@ def google_tokens(scope: str, where: str, key_file: str | None = None) -> TokenS
                     if key_file
                     else google.auth.default(scopes=[scope])[0]
                 )
-            held[0].refresh(Request())
+            held[0].refresh(partial(Request(), timeout=_LOGIN_S))
         except (GoogleAuthError, OSError, ValueError) as error:
             source = f"the key file {key_file}" if key_file else "the application default credentials"
             expected = "a service account's key file" if key_file else "gcloud auth application-default login"

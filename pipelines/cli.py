@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from bidbeam.connectors.errors import BidbeamError, Interrupted
-from bidbeam.pipelines.commands import explain, init, ledger, quote, run
+from bidbeam.pipelines.commands import explain, init, ledger, pools, quote, run
 from bidbeam.pipelines.commands.invocation import Invocation, error_object
 from bidbeam.pipelines.jsonable import to_json
 
@@ -57,6 +57,7 @@ def _root(
 app.command("init")(init.init)
 app.command("run")(run.run)
 app.command("quote")(quote.quote)
+app.command("pools")(pools.pools)
 app.command("explain")(explain.explain)
 app.add_typer(ledger.app, name="ledger")
 

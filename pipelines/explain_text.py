@@ -7,6 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
+from bidbeam.transforms.lots import TAKEN_OVER
 
 __all__ = ["render_text"]
 
@@ -65,6 +66,8 @@ def _clearing(it: Clearing) -> Iterator[str]:
 
 def _why(it: Clearing) -> str:
     if it.winner is None:
+        if not it.bids and it.lot_id.endswith(TAKEN_OVER):
+            return "no auction was held: an earlier start had it in a batch, which this one took over"
         if not it.bids:
             return "no bid was recorded"
         return "nobody won it" if any(bid.eligible for bid in it.bids) else "nobody could serve it"

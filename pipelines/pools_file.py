@@ -208,9 +208,9 @@ def _options(fields: Fields, kind: PoolKind, name: str | None, base_url: str | N
                 read_options({key: given[key]})
             except ConfigError as error:
                 raise fault(entry, error.problem, error.expected) from None
-        problem = None if entry.is_null else option_problem(chosen, key, given[key])
-        if problem is not None:
-            raise fault(entry, *problem, nearest(str(given[key]), chosen.choices.get(key, ())))
+        wrong = None if entry.is_null else option_problem(chosen, key, given[key])
+        if wrong is not None:
+            raise fault(entry, *wrong, nearest(str(given[key]), chosen.choices.get(key, ())))
     if kind == "batch":
         try:
             check_profile(chosen.name, given)

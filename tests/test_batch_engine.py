@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bidbeam.connectors import batch_courier
 from bidbeam.connectors.batch_engine import BatchEngine
@@ -29,6 +31,8 @@ from bidbeam.connectors.pools import PoolSpec, PriceSchedule
 from bidbeam.connectors.profile_record import Auth
 from bidbeam.connectors.profiles import profile
 from bidbeam.connectors.store import Store
+from bidbeam.transforms.batches import settle_strays
+from bidbeam.transforms.settling import Terms
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -61,17 +65,18 @@ class Desk:
     booked: Callable[[Intent], Any] = lambda intent: np.zeros(intent.rows.num_rows, np.bool_)
     engines: list[BatchEngine] = field(default_factory=list)
 
+    price = PriceSchedule("p", "slow", {"uncached_input": Decimal("1E-7"), "output": Decimal("4E-7")})
+
     @property
     def journal(self) -> BatchJournal:
         return BatchJournal(Store.at(str(self.home)).child("batches"))
 
     def open(self) -> BatchEngine:
-        price = PriceSchedule("p", "slow", {"uncached_input": Decimal("1E-7"), "output": Decimal("4E-7")})
         spec = PoolSpec(
             "slow",
             "batch",
             {"tiny": self.model},
-            price,
+            self.price,
             base_url=self.front.base_url,
             options={"poll": "5ms", **self.options},
             **self.keys,
@@ -602,3 +607,84 @@ def test_a_cancelled_or_failed_vertex_job_keeps_what_it_wrote(
         assert classes(at.work(engine)) == {"ok": 3, "server": 2}
         engine.submit(asks(4, start=5))
         assert classes(at.work(engine)) == {"capacity": 4}
+
+
+def test_azure_takes_the_same_files_under_its_own_key_and_paths(
+    upstream: EndpointDouble, desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key goes in a header of its own, and rows name no version in their url."""
+    monkeypatch.setenv("AZURE_KEY", KEY)
+    with BatchFront(upstream.base_url, key=KEY, key_header="api-key") as front:
+        options = {"resource": "shop", "deployment": "DataZoneBatch", "region": "swedencentral"}
+        at = desk(front, options=options, keys={"profile": "azure", "api_key_env": "AZURE_KEY"})
+        engine = at.open()
+        engine.submit(asks(4))
+        assert classes(at.work(engine)) == {"ok": 4}
+        assert front.batches[0].endpoint == "/chat/completions"
+
+
+def test_strays_of_a_lost_batch_are_booked_at_their_worst_case(
+    upstream: EndpointDouble, desk: Callable[..., Desk]
+) -> None:
+    """Nobody asks for them and nothing is known of them: all of their input, and answers at full length."""
+    with BatchFront(upstream.base_url) as front:
+        at = desk(front)
+        leave(at, asks(3))
+        front.batches.clear()
+        engine = at.open()
+        strays = None
+        while engine.in_flight:
+            engine.gathered()
+            assert not engine.poll()
+            strays = settle_strays(engine, Terms("slow", "tiny", at.price)) or strays
+            at.wake.wait(0.05)
+        assert strays is not None
+        assert strays.column("status").to_pylist() == ["lost"] * 3
+        assert strays.column("tag").null_count == 3
+        assert sum(strays.column("cost").to_pylist()) == 3 * (9 * Decimal("1E-7") + 8 * Decimal("4E-7"))
+
+
+ENDS = st.sampled_from(["completed", "completed", "expired", "cancelled", "failed"])
+FATES = st.lists(st.builds(Fate, ends=ENDS, run=st.none() | st.integers(0, 12), tells=st.booleans()), max_size=4)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 30), most=st.integers(4, 40), fates=FATES, leaves_after=st.none() | st.integers(0, 20))
+def test_every_request_comes_back_once_and_is_run_once(
+    upstream: EndpointDouble,
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    most: int,
+    fates: list[Fate],
+    leaves_after: int | None,
+) -> None:
+    """However batches end, and wherever an engine is left for the next: no request is run twice, each is answered or
+    failed exactly once, and the tokens that came back are the provider's own count."""
+    with BatchFront(upstream.base_url, fates=fates) as front:
+        at = Desk(front, tmp_path_factory.mktemp("desk"), options={"max_rows": str(most)})
+        requests = asks(count)
+        found: dict[int, dict[str, Any]] = {}
+        engine = at.open()
+        engine.submit(requests)
+        if leaves_after is not None:
+            while engine.in_flight and len(found) < leaves_after:
+                engine.gathered()
+                found |= {row["tag"]: row for results in engine.poll() for row in results.to_pylist()}
+                at.wake.wait(0.01)
+                at.wake.clear()
+            engine.leave()
+            engine.close()
+            keys = {requests.column("key")[tag].as_py() for tag in found}
+            at.booked = lambda intent: np.array([key in keys for key in intent.rows.column("key").to_pylist()])
+            engine = at.open()
+            engine.submit(requests.filter(pa.array([tag not in found for tag in range(count)])))
+        rest = at.work(engine)
+        at.close()
+        assert not rest.keys() & found.keys()
+        found |= rest
+        assert sorted(found) == list(range(count))
+        assert not at.strays
+        answered = [row for row in found.values() if row["status"] == "ok"]
+        assert len({ran.custom_id for ran in front.served}) == len(front.served) == len(answered)
+        assert sum(row["input_tokens"] for row in answered) == sum(ran.prompt_tokens or 0 for ran in front.served)
+        assert sum(row["output_tokens"] for row in answered) == sum(ran.completion_tokens or 0 for ran in front.served)

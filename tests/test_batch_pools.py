@@ -105,7 +105,9 @@ def away(home: Path) -> list[Path]:
     return list(home.rglob("*.batch.json"))
 
 
-def test_a_killed_run_s_batch_is_collected_and_not_sent_again(tmp_path: Path, upstream: EndpointDouble) -> None:
+def test_a_killed_run_s_batch_is_collected_and_not_sent_again(
+    tmp_path: Path, upstream: EndpointDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL after submission; meanwhile two rows leave the input and three come. The provider's own books show each
     request once, the ledger agrees with them to the last digit, and books the answers that nobody asks for any more."""
     with BatchFront(upstream.base_url, held=True) as front:
@@ -133,7 +135,11 @@ def test_a_killed_run_s_batch_is_collected_and_not_sent_again(tmp_path: Path, up
     stray = {row["request_id"] for row in found.attempts} - set(found.outputs.column("request_id").to_pylist())
     assert stray == {"q0", "q1"}
     assert not list(found.run_dir.rglob("*.intent.arrow"))
-    assert {row["payment_rule"] for row in found.rows("awards")} >= {"adopted"}
+    ledger = str(tmp_path / "ledger")
+    capsys.readouterr()
+    assert invoke(["ledger", "verify", ledger]) == 0
+    assert invoke(["explain", ledger, "q5"]) == 0
+    assert "no auction was held" in capsys.readouterr().out
 
 
 def test_a_run_killed_while_its_batch_is_made_finds_it_by_its_metadata(
@@ -256,3 +262,38 @@ def test_wrong_options_are_told_with_their_line(tmp_path: Path, options: dict[st
     pool = remote("slow", "http://127.0.0.1:9/v1", kind="batch", price=HALF, options=options)
     with pytest.raises(ConfigError, match=said):
         Job.from_yaml(write_job(tmp_path, prompts(1), [pool]), run_date=DAY)
+
+
+def test_a_crash_between_segments_books_no_answer_twice(
+    tmp_path: Path, upstream: EndpointDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four batches one is in the journal when the run dies: the next start collects them all again, and books the
+    other three."""
+    real, calls = shift.write_segment, [0]
+
+    def dies(*args: Any, **keys: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("the worker died")
+        return real(*args, **keys)
+
+    monkeypatch.setattr(shift, "_SEGMENT_S", 0.0)
+    monkeypatch.setattr(shift, "write_segment", dies)
+    go = threading.Event()
+
+    def one_by_one(method: str, path: str) -> Reply | None:
+        # The first batch ends at once, the others once its answers are written down.
+        waits = path.startswith("batches/") and path != "batches/batch_000001" and calls[0] == 0 and not go.is_set()
+        return Reply.error(503, "later") if waits else None
+
+    with BatchFront(upstream.base_url, intercept=one_by_one) as front:
+        job = make_job(tmp_path, prompts(40), [batch(front, options={"max_rows": "10"})])
+        with pytest.raises(Exception, match="the worker died"):
+            run(job)
+        go.set()
+        assert len(front.batches) == 4
+        assert run(job).served == 40
+        assert len(front.batches) == 4
+    found = check(job, 40)
+    assert len(found.attempts) == 40
+    assert total(found.rows("charges")) == bill(front)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import socket
@@ -24,7 +25,7 @@ from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.http_engine import HttpEngine, list_models
 from bidbeam.connectors.http_wire import Outcome, SamplingError, provider_message, read_answer, read_sampling
 from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
-from bidbeam.connectors.profiles import profile
+from bidbeam.connectors.profiles import PROFILES, profile
 from bidbeam.connectors.secrets import looks_like_secret, mask, read_key
 
 KEY = "sk-Planted0123456789abcdef"
@@ -98,7 +99,8 @@ class Driver:
 def driving(
     behaviour: Behaviour = OK, *, double: dict[str, Any] | None = None, **more: Any
 ) -> Iterator[tuple[Driver, EndpointDouble]]:
-    engine_options = {name: more.pop(name) for name in ("now", "max_answer_bytes", "drain_s") if name in more}
+    own = ("now", "max_answer_bytes", "drain_s", "first_pause_s")
+    engine_options = {name: more.pop(name) for name in own if name in more}
     with EndpointDouble(["tiny"], behaviour, **(double or {})) as served:
         engine = HttpEngine(spec(served.base_url, **more), "model", **engine_options)
         try:
@@ -422,6 +424,55 @@ def test_retry_after_holds_back_what_follows() -> None:
     assert results[2]["status"] == "ok"
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_push_back_halves_what_is_asked_at_once(status: int) -> None:
+    """A window that is pushed back is followed, after a pause, by one half as wide, which grows again with answers."""
+
+    def behave(seen: Seen) -> Reply:
+        return dataclasses.replace(Reply.error(status), delay_s=0.05) if seen.number < 8 else Reply.slow(0.01)
+
+    with driving(behave, capacity=Capacity(concurrency=8), first_pause_s=0.05) as (driver, double):
+        results = driver.run([row(tag) for tag in range(60)])
+        at_once = [seen.concurrent for seen in double.requests]
+    assert [each["status"] for each in results.values()].count("ok") == 52
+    assert (max(at_once[:8]), max(at_once[8:12])) == (8, 4)
+    assert 4 < max(at_once[12:]) <= 8
+
+
+def test_errors_that_are_no_push_back_leave_the_window_as_it_is() -> None:
+    """An endpoint that fails, garbles or refuses a request has room all the same."""
+    script = [Reply.error(500), Reply.error(400), Reply.garbage(), RESET] * 2
+    with driving(lambda seen: script[seen.number] if seen.number < 8 else Reply.slow(0.01)) as (driver, double):
+        driver.run([row(tag) for tag in range(30)])
+    assert max(seen.concurrent for seen in double.requests[8:]) == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Please retry after 6 seconds.", 6.0), ("Please try again in 20s.", 20.0), ("Try again in 1m30.5s", 90.5),
+        ("try again in 120ms", 0.12), ("retry after 2 minutes", 120.0), ("retry after 250 milliseconds", 0.25),
+        ("try again later", None), ("retry after lunch", None), ("retry after 99999999 s", None), ("6 seconds", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_reads_the_time_to_wait_from_words(message: str, expected: float | None) -> None:
+    """Some providers name it in the message alone; a header, where there is one, counts instead."""
+    error = {"error": {"message": message}}
+    assert answer(error, status=429).retry_after_s == expected
+    assert answer(error, status=429, headers={"retry-after": "9"}).retry_after_s == 9.0
+    assert answer({"choices": [{"message": {"content": message}}]}).retry_after_s is None
+
+
+@pytest.mark.parametrize(("inner", "error_class"), [(500, "server"), (400, "caller"), (503, "capacity"), (7, "server")])
+def test_an_error_behind_the_provider_counts_as_what_it_is(inner: int, error_class: str) -> None:
+    """Where a provider quotes the status of the container behind it, that one decides."""
+    body = {"OriginalStatusCode": inner, "OriginalMessage": "it said so", "Message": "Received an error"}
+    outcome = answer(body, status=424, profile=profile("sagemaker"))
+    assert (outcome.error_class, outcome.http_status) == (error_class, 424)
+    assert "it said so" in (outcome.error_message or "")
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -559,7 +610,7 @@ def test_lists_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def answer(body: Any, *, status: int = 200, headers: dict[str, str] | None = None, **more: Any) -> Outcome:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     more = {"chat": True, "n": 1, "prompt_text": "", "secrets": (KEY,), "now": lambda: NOON} | more
-    return read_answer(DEFAULT, status, headers or {}, raw, **more)
+    return read_answer(more.pop("profile", DEFAULT), status, headers or {}, raw, **more)
 
 
 def check(outcome: Outcome) -> None:
@@ -619,10 +670,10 @@ ANSWER = st.fixed_dictionaries(
 STATUS = st.sampled_from([200, 200, 200, 204, 301, 400, 401, 404, 429, 500, 503, 599])
 
 
-@given(ANSWER | JSON, STATUS, st.booleans(), st.integers(1, 3))
-def test_any_json_is_settled(document: Any, status: int, chat: bool, n: int) -> None:
-    """Whatever JSON a provider sends ends as an outcome that fits the schema and holds no key."""
-    check(answer(document, status=status, chat=chat, n=n))
+@given(ANSWER | JSON, STATUS, st.booleans(), st.integers(1, 3), st.sampled_from(sorted(PROFILES)))
+def test_any_json_is_settled(document: Any, status: int, chat: bool, n: int, name: str) -> None:
+    """Whatever JSON a provider of any profile sends ends as an outcome that fits the schema and holds no key."""
+    check(answer(document, status=status, chat=chat, n=n, profile=PROFILES[name]))
 
 
 @given(st.binary(), STATUS, st.dictionaries(st.sampled_from(["retry-after", "content-type", "x-request-id"]), TEXT))

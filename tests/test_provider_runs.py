@@ -6,14 +6,20 @@ import os
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from provider_fronts import PRICES, standing
-from small_jobs import DAY, check_conserved, make_job, prompts, remote, total, write_job, written
+from small_jobs import DAY, LATIN, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 from tiny_model import tiny_model
 from vllm_server import Starting, VllmServer
 
 from bidbeam.connectors.front_batch import BatchFront
+from bidbeam.connectors.front_render import KEY as RENDER_KEY
+from bidbeam.connectors.front_render import RenderFront
+from bidbeam.connectors.front_sagemaker import ACCESS_KEY, SECRET_KEY, SagemakerFront
+from bidbeam.connectors.sagemaker_engine import PREFIX_HEADER
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.run import run, run_job
@@ -85,6 +91,66 @@ def test_a_run_buys_from(
     for file in tmp_path.rglob("*"):
         content = file.read_bytes() if file.is_file() and file.name != "account.json" else b""
         assert not any(secret in content for secret in (b"planted", b"ya29.", b"sagemaker-api-key")), file
+
+
+def bought(server: VllmServer, home: Path, pool: dict[str, Any], rows: pa.Table) -> Written:
+    """A run on one pool, held to the server's own counters."""
+    path = write_job(home, rows, [pool], models={"tiny": {"source": tiny_model()}})
+    job = Job.from_yaml(path, run_date=DAY)
+    before = server.counters()
+    summary = run_job(job, rehearse=False, beam_options=[], progress=NullProgress())
+    after = server.counters()
+    found = written(job)
+    assert summary.exit_code == 0
+    check_conserved(found, ROWS)
+    attempts = found.attempts
+    assert {(a["status"], a["usage_source"]) for a in attempts} == {("ok", "reported")}
+    booked = {name: sum(a[name] for a in attempts) for name in ("input_tokens", "cached_tokens", "output_tokens")}
+    assert {name: after[name] - before[name] for name in booked} == booked
+    return found
+
+
+def test_a_run_buys_from_sagemaker_through_boto3(
+    server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """InvokeEndpoint, signed by boto3, with the name of the prefix that all the rows share."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    with SagemakerFront(server.base_url) as front:
+        options = {"region": "eu-central-1", "endpoint": front.endpoint}
+        pool = remote("boto3", front.url, profile="sagemaker-invoke", options=options)
+        bought(server, tmp_path, pool, prompts(ROWS, shared=f"{LATIN} " * 5))
+    assert len(front.calls) == ROWS
+    (name,) = {call.headers[PREFIX_HEADER.lower()] for call in front.calls}
+    assert len(name) == 16
+
+
+def test_a_run_rents_a_node_and_gives_it_back(
+    server: VllmServer, answers: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Render's routes before a node whose vLLM is real; its time is what the run costs."""
+    monkeypatch.setenv("RENDER_API_KEY", RENDER_KEY)
+    with RenderFront(looks=2) as front:
+        pool = {
+            "name": "render",
+            "kind": "lease",
+            "profile": "render",
+            "base_url": front.base_url,
+            "models": ["tiny"],
+            "price": {"accelerator_hour": "3.60"},
+            "context": 512,
+            "options": {"gpu_tier": "premium", "image": "vllm", "address": server.base_url},
+        }
+        found = bought(server, tmp_path, pool, prompts(ROWS))
+        assert front.alive == []
+        assert len(front.nodes) == 1
+    meters = {charge["meter"] for charge in found.rows("charges")}
+    outputs = {row["request_id"]: row["output"] for row in found.outputs.to_pylist()}
+    assert outputs == next(iter(answers.values()), outputs)
+    assert {"setup", "accelerator_second"} <= meters <= {"setup", "accelerator_second", "accelerator_idle_second"}
+    assert total(found.rows("charges"), "quantity") * Decimal("0.001") == total(found.rows("charges"))
 
 
 def test_a_batch_run_on_a_real_server_costs_what_the_server_counted(

@@ -7,6 +7,7 @@ the rest of a lot is auctioned as ever. What is in a batch and nobody asks for a
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.money import sum_decimal
-from bidbeam.connectors.schemas import AWARDS
 from bidbeam.transforms.batches import batches_of, booked_rows
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.lane import all_tags
-from bidbeam.transforms.lots import LOT, part_of_lot
+from bidbeam.transforms.lots import LOT, TAKEN_OVER, part_of_lot
 from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.run_context import RunContext
@@ -32,6 +32,8 @@ from bidbeam.transforms.shift import Award, ShiftTask
 
 _ESTIMATE, _TEMPLATE_TOKENS = 4, 64
 """Where tokens are estimates: at worst every byte is one, and a chat template adds so many to a request."""
+
+_log = logging.getLogger(__name__)
 
 PoolModel = tuple[str, str]
 TermsOf = Callable[[str, str], Terms]
@@ -54,7 +56,14 @@ def adopt(context: RunContext, lots: pa.Table, terms: TermsOf) -> tuple[pa.Table
     reserved = Decimal(0)
     for intent in batches_of(context).open():
         spec = specs.get(intent.pool)
-        if intent.creating_at is None or spec is None or intent.model not in spec.models:
+        if intent.creating_at is None:
+            continue
+        if spec is None or intent.model not in spec.models:
+            _log.warning(
+                "a batch of pool %s with model %s is at its provider, but the pools file has no such pool now: its "
+                "%d requests are bought anew, and its bill is not in the ledger",
+                intent.pool, intent.model, intent.rows.num_rows,
+            )  # fmt: skip
             continue
         left = intent.rows.filter(pa.array(~booked_rows(context, intent)))
         waiting[intent.pool, intent.model].update(left.column("key").to_pylist())
@@ -75,7 +84,7 @@ def adopt(context: RunContext, lots: pa.Table, terms: TermsOf) -> tuple[pa.Table
             here = _take(order.column("key").take(pa.array(places)).to_pylist(), keys)
             if here.any():
                 part = part_of_lot(context, lot, order, places[here])
-                taken[pool].append(part if here.all() else part | {"lot_id": f"{lot['lot_id']}~batch"})
+                taken[pool].append(part | {"lot_id": lot["lot_id"] + TAKEN_OVER})
                 places = places[~here]
         if len(places) == lot["requests"]:
             rest.append(lot)
@@ -110,9 +119,17 @@ def _worst_case(rows: pa.Table, terms: Terms) -> Decimal:
 
 
 def with_adopted(
-    context: RunContext, round_: int, decision: Decision | None, adopted: Adopted, terms: TermsOf, lots_table: Any
+    context: RunContext,
+    round_: int,
+    decision: Decision | None,
+    adopted: Adopted,
+    terms: TermsOf,
+    lots_table: Callable[[RunContext, pa.Table], pa.Table],
 ) -> Decision:
-    """A round's decision (None: there was nothing to auction) with what the start takes over, in its first shift."""
+    """A round's decision (None: there was nothing to auction) with what the start takes over, in its first shift.
+
+    ``lots_table`` makes the ledger's rows of LOT ones.
+    """
     if decision is None:
         decision = Decision(round_, (), LOT.empty_table(), LOT.empty_table(), {}, Decimal(0))
     every = {(spec.name, model): terms(spec.name, model) for spec in context.pools for model in spec.models}
@@ -136,27 +153,10 @@ def with_adopted(
         reserved=None if reserved is None else Decimal(reserved),
         adopts=adopted.lanes,
     )
+    # No award: there was no auction. The lots are told apart by their names.
+    taken = [lots_table(context, lots) for lots in adopted.lots.values()]
+    before = [decision.tables["lots"]] if "lots" in decision.tables else []
     tables = dict(decision.tables)
-    for pool, lots in adopted.lots.items():
-        for name, rows in (
-            ("lots", lots_table(context, lots)),
-            ("awards", _awards(context, round_, pool, lots, every)),
-        ):
-            tables[name] = pa.concat_tables([tables[name], rows]).unify_dictionaries() if name in tables else rows
+    if before or taken:
+        tables["lots"] = pa.concat_tables([*before, *taken]).unify_dictionaries()
     return replace(decision, tasks=(task, *(t for t in decision.tasks if t.shift != 0)), tables=tables)
-
-
-def _awards(context: RunContext, round_: int, pool: str, lots: pa.Table, terms: Mapping[PoolModel, Terms]) -> pa.Table:
-    """AWARDS of lots that nobody bid for: an earlier start has bought them."""
-    rows = [
-        {
-            "run_id": context.run_id,
-            "round": round_,
-            "lot_id": lot["lot_id"],
-            "pool": pool,
-            "payment_rule": "adopted",
-            "fx_rate": terms[pool, lot["model"]].fx_rate,
-        }
-        for lot in lots.to_pylist()
-    ]
-    return pa.Table.from_pylist(rows, schema=AWARDS)

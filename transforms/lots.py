@@ -38,6 +38,9 @@ LOT = pa.schema(
     ]
 )
 
+TAKEN_OVER = "~batch"
+"""Ends the name of a lot that no auction was held over: an earlier start had it at a provider already."""
+
 _MAX_LOT_ROWS = 65_536
 _SLACK = 0.25
 """A cut may move by this share of the budget to fall where little is shared."""

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -154,7 +155,7 @@ class Shift:
         """Works until nothing is left or nothing can go on; yields each segment once it is safely on the store."""
         yield from self._earlier_try()
         stop_at: float | None = None
-        with heartbeat.of(self._context, self._task.prefix, self._lanes.values) as beat:
+        with heartbeat.of(self._context, self._task.prefix, self._lanes.values) as beat, self._left_on_error():
             self._open_lanes()
             last_flush = time.monotonic()
             while not all(lane.idle for lane in self._lanes.values()):
@@ -183,6 +184,17 @@ class Shift:
         if stopping.requested():
             raise Interrupted("stopped by a signal; what was settled is kept")
         yield ShiftResult(unserved=self._unserved())
+
+    @contextmanager
+    def _left_on_error(self) -> Iterator[None]:
+        """A shift that fails leaves what outlives it to whoever comes next: to another engine, which takes it over."""
+        try:
+            yield
+        except BaseException:
+            for lane in self._lanes.values():
+                if isinstance(lane.engine, Lasting):
+                    lane.engine.leave()
+            raise
 
     # -- before ---------------------------------------------------------------------------------------------------
 

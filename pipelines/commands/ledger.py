@@ -81,6 +81,28 @@ def shell(
     return run_shell(ledger, rehearsals=rehearsals, storage=options)
 
 
+@app.command("report")
+def report(
+    context: typer.Context,
+    ledger: LedgerArgument,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
+    run: RunOption = None,
+    rehearsals: RehearsalsOption = False,
+    storage: StorageOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Write one self-contained page: the bill, savings, cache, speed, market and failures, with plots."""
+    refuse_beam_options(context)
+    options = read_storage(storage)
+
+    from bidbeam.pipelines.jsonable import to_json
+    from bidbeam.pipelines.report import write_report
+
+    written = write_report(ledger, output, run_id=run, rehearsals=rehearsals, storage=options)
+    print(to_json(written) if json else f"{written.output}: {written.size_bytes:,} bytes, runs: {len(written.runs):,}")
+    return 0
+
+
 @app.command("verify")
 def verify(
     context: typer.Context,

@@ -44,6 +44,8 @@ from bidbeam.connectors.vllm_worker import (
 )
 
 _SENT = ("tag", "attempt_id", "max_tokens", "sampling", "cache_salt", "tokens")
+STALL_S = 600.0
+"""Seconds without a step after which an engine that has work counts as hung, and is ended."""
 _GRACE_S = 1.0
 _LOG_TAIL = 1500
 _KV_CACHE_BYTES = 1 << 30
@@ -143,6 +145,8 @@ class VllmEngine:
         *,
         cores: Sequence[int] | None = None,
         lease: cpu_cores.CoreLease | None = None,
+        stall_s: float = STALL_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``cores`` pins the process (None: wherever the scheduler puts it); ``lease`` is released on close."""
         self.config = config
@@ -159,6 +163,9 @@ class VllmEngine:
         self._facts: EngineFacts | None = None
         self._failure: str | None = None
         self._closing = False
+        self._stall_s, self._clock = stall_s, clock
+        self._heard = clock()
+        self._stalled = False
         self._settled = threading.Event()  # ready, or never going to be
         self._gone = threading.Event()  # the process has ended and is reaped
         self._load_started_at, self._load_clock = datetime.now(UTC), time.monotonic()
@@ -247,6 +254,7 @@ class VllmEngine:
         try:
             while True:
                 frame = self._channel.recv_bytes()
+                self._heard = self._clock()
                 if frame.startswith(RESULTS):
                     self._arrived.append(decode_batch(frame))
                     self._call_wake()
@@ -257,6 +265,8 @@ class VllmEngine:
                     self._become_ready(message)
                 elif op == "stats":
                     self._stats.put(message)
+                elif op == "alive":
+                    continue
                 else:
                     fatal = str(message.get("error"))
         except (EOFError, OSError):
@@ -287,7 +297,9 @@ class VllmEngine:
         self._kill_group()
         code = self._process.wait()
         spoken = fatal is not None
-        if fatal is None:
+        if self._stalled:
+            fatal = f"it made no step for {self._stall_s:.0f} s and was ended"
+        elif fatal is None:
             fatal = (
                 f"its process was killed by {signal.Signals(-code).name}"
                 + (" (often: out of memory)" if code == -signal.SIGKILL else "")
@@ -379,11 +391,14 @@ class VllmEngine:
             if self._facts is None:
                 self._held.append(batch)
             else:
+                if self._in_flight == 0:
+                    self._heard = self._clock()
                 self._outbox.put(encode_batch(REQUESTS, batch))
         self._in_flight += batch.num_rows
 
     def poll(self) -> list[pa.RecordBatch]:
         """See Engine."""
+        self._end_if_hung()
         failed = self._failure is not None
         batches: list[pa.RecordBatch] = []
         while self._arrived:
@@ -392,6 +407,12 @@ class VllmEngine:
         if failed and not batches:
             raise self._down()
         return batches
+
+    def _end_if_hung(self) -> None:
+        hung = self._in_flight and self._facts is not None and self._clock() - self._heard > self._stall_s
+        if hung and not self._stalled and not self.dead:
+            self._stalled = True
+            self._kill_group()
 
     def cancel(self) -> None:
         """See Engine."""

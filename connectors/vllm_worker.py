@@ -34,6 +34,8 @@ from bidbeam.connectors.engine import RESULT_SCHEMA
 REQUESTS, RESULTS, CONTROL = b"requests", b"results_", b"control_"
 
 _COUNTERS = ("requests", "finished", "failed", "cancelled", "steps", "input_tokens", "cached_tokens", "output_tokens")
+ALIVE_S = 5.0
+"""Seconds between two signs of life of an engine at work."""
 _MESSAGE_LIMIT = 500
 _NOT_SAMPLING = frozenset({"output_kind", "skip_clone", "output_text_buffer_length", "detokenize", "stream_interval"})
 
@@ -131,6 +133,7 @@ class Host:
         self._params: dict[tuple[str, int | None], Any] = {}
         self._finished: list[dict[str, Any]] = []
         self._closing = False
+        self._said = 0.0
         self._counters = dict.fromkeys(_COUNTERS, 0)
 
     def load(self, config: Mapping[str, Any]) -> None:
@@ -172,12 +175,19 @@ class Host:
                 self._take(frame)
             if engine.has_unfinished_requests() and not self._closing:
                 self._counters["steps"] += 1
+                self._say_alive()
                 for output in engine.step():
                     if output.finished:
                         self._settle(output)
             if self._finished:
                 rows, self._finished = self._finished, []
                 self._send(encode_batch(RESULTS, result_batch(rows)))
+
+    def _say_alive(self) -> None:
+        """Now and then, between steps: long answers come back late, and a step that hangs says nothing."""
+        if time.monotonic() - self._said > ALIVE_S:
+            self._said = time.monotonic()
+            self._send(encode_control("alive"))
 
     def _frames(self, *, block: bool) -> Iterator[bytes | None]:
         """What came so far; with ``block``, waits for the first."""

@@ -494,3 +494,19 @@ def test_a_killed_engine_is_a_pool_down_after_its_last_results(tight: VllmEngine
     replacement = registry.acquire("tight", lambda: VllmEngine(VllmConfig.of("tight", tiny_model(), TIGHT)))
     assert replacement is not tight
     assert not replacement.dead
+
+
+def test_a_hung_engine_is_ended_and_said_to_have_hung(tight: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that has work and makes no step for too long is killed; one that is at work never is."""
+    tight.submit(requests([[90, 91], [92, 93]], [text(), text(max_tokens=480)]))
+    while not tight._arrived:
+        time.sleep(0.005)
+    os.kill(tight._process.pid, signal.SIGSTOP)
+    assert [row["tag"] for batch in tight.poll() for row in batch.to_pylist()] == [0]
+    assert not tight.dead
+    later = time.monotonic() + 601
+    monkeypatch.setattr(tight, "_clock", lambda: later)
+    assert tight.poll() == []
+    assert tight._gone.wait(20)
+    with pytest.raises(PoolDown, match="it made no step for 600 s and was ended"):
+        tight.poll()

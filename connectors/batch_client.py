@@ -63,6 +63,8 @@ class Look:
     state: State
     files: tuple[str, ...] = ()
     errors: tuple[Mapping[str, Any], ...] = ()
+    rows: str | None = None
+    """The file that it was made of."""
 
 
 class BatchClient(Protocol):
@@ -89,7 +91,7 @@ class BatchClient(Protocol):
         ...
 
     async def forget(self, file: str) -> None:
-        """Deletes an uploaded file that no batch came of."""
+        """Deletes a file of ours at the provider: rows, or answers that are in the journal."""
         ...
 
 
@@ -251,6 +253,7 @@ class OpenAIBatchClient:
             state,
             tuple(file for file in files if isinstance(file, str) and _ID.fullmatch(file)),
             tuple(each for each in errors if isinstance(each, dict)) if isinstance(errors, list) else (),
+            rows if isinstance(rows := pointer(found, "/input_file_id"), str) and _ID.fullmatch(rows) else None,
         )
 
     async def cancel(self, batch: str) -> None:

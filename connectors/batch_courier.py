@@ -76,8 +76,7 @@ class Courier:
                 found = await self._create(batch, file)
             except (BatchCallError, GivenUpError) as error:
                 await asyncio.to_thread(self._journal.drop, name)
-                with contextlib.suppress(BatchCallError):
-                    await self._client.forget(file)
+                await self.forget(file)
                 if isinstance(error, BatchCallError):
                     raise RefusedError(error) from None
                 raise
@@ -127,6 +126,11 @@ class Courier:
             found.append(path())
             await self._patiently(partial(self._client.fetch, file, found[-1]))
         return found
+
+    async def forget(self, file: str) -> None:
+        """Deletes a file at the provider; one that stays after all is no harm."""
+        with contextlib.suppress(BatchCallError):
+            await self._client.forget(file)
 
     async def _upload(self, batch: Batch) -> str:
         for tried in range(1, _TRIES + 1):

@@ -48,7 +48,8 @@ _BURST = 4_096
 _CHUNK = 2_048
 _LINE_MORE = 256
 """Bytes of a row beside its body, at most."""
-_CLOSE_S = 8.0
+_CLOSE_S = 12.0
+_TIDY_S = 3.0
 _CONNECTIONS = 8
 _CREATING_S = 5.0
 _PASSING = frozenset({"rate", "capacity"})
@@ -64,6 +65,13 @@ class _Settled(NamedTuple):
     started_at: datetime
     finished_at: datetime
     outcome: Outcome
+
+
+class _Collected(NamedTuple):
+    """A batch that was read to its end: its name, and its files at the provider."""
+
+    name: str
+    files: tuple[str, ...]
 
 
 class BatchEngine:
@@ -116,13 +124,14 @@ class BatchEngine:
         self._unasked = 0
         self._settled: list[_Settled] = []
         self._strays: list[tuple[Batch, list[int], list[Outcome]]] = []
-        self._read: list[str] = []
-        self._returned: list[str] = []
+        self._read: list[_Collected] = []
+        self._returned: list[_Collected] = []
         self._down: str | None = None
         self._broken: BaseException | None = None
         self._left = False
         # Touched by the loop's thread alone.
         self._tasks: dict[asyncio.Task[None], Batch] = {}
+        self._tidying: set[asyncio.Task[None]] = set()
         self._all_asked = asyncio.Event()
         self._loop = LOOP.get()
         self._session: aiohttp.ClientSession = LOOP.run(self._open(spec), CONNECT_S)
@@ -242,9 +251,11 @@ class BatchEngine:
 
     def booked(self) -> None:
         with self._lock:
-            names, self._returned = self._returned, []
-        for name in names:
-            self._journal.drop(name)
+            collected, self._returned = self._returned, []
+        for each in collected:
+            self._journal.drop(each.name)
+            # Nobody needs them any more: they hold prompts, and providers count what is kept.
+            self._loop.call_soon_threadsafe(self._tidy, each.files)
 
     def cancel(self) -> None:
         at = self._now()
@@ -386,7 +397,8 @@ class BatchEngine:
             await self._collect(batch, ((row, UNKNOWN) for row in range(len(batch))))
         else:
             profile = self._endpoint.profile
-            await self._collect(batch, read_answers(batch, look, files, profile, self._credentials.secrets, self._now))
+            outcomes = read_answers(batch, look, files, profile, self._credentials.secrets, self._now)
+            await self._collect(batch, outcomes, (*look.files, *((look.rows,) if look.rows else ())))
             for file in files:
                 file.unlink(missing_ok=True)
         if batch.asked is not None:
@@ -420,14 +432,16 @@ class BatchEngine:
             batch.collecting = True
             return batch.unasked
 
-    async def _collect(self, batch: Batch, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+    async def _collect(
+        self, batch: Batch, outcomes: Iterable[tuple[int, Outcome]], files: tuple[str, ...] = ()
+    ) -> None:
         """Hands out what became of a batch's rows: to who asked for them, the others as strays."""
         if batch.adopted:
             await self._all_asked.wait()
             await asyncio.to_thread(self._last_call, batch)
-        await asyncio.to_thread(self._hand_out, batch, outcomes)
+        await asyncio.to_thread(self._hand_out, batch, outcomes, files)
 
-    def _hand_out(self, batch: Batch, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+    def _hand_out(self, batch: Batch, outcomes: Iterable[tuple[int, Outcome]], files: tuple[str, ...]) -> None:
         waiting = iter(outcomes)
         while chunk := list(islice(waiting, _CHUNK)):
             asked = [self._settle(batch, row, outcome) for row, outcome in chunk if batch.place[row] != NOBODY]
@@ -438,7 +452,7 @@ class BatchEngine:
             self._hand(asked)
         with self._lock:
             if not self._left:
-                self._read.append(batch.intent.name)
+                self._read.append(_Collected(batch.intent.name, files))
         self._wake()
 
     def _settle(self, batch: Batch, row: int, outcome: Outcome) -> _Settled:
@@ -480,6 +494,12 @@ class BatchEngine:
             if not batch.creating:
                 task.cancel()
 
+    def _tidy(self, files: tuple[str, ...]) -> None:
+        for file in files:
+            task = self._loop.create_task(self._courier.forget(file))
+            self._tidying.add(task)
+            task.add_done_callback(self._tidying.discard)
+
     async def _shut(self) -> None:
         creating = [task for task, batch in self._tasks.items() if batch.creating]
         if creating:
@@ -487,10 +507,13 @@ class BatchEngine:
             until = self._loop.time() + _CREATING_S
             while any(self._tasks[t].creating for t in creating if t in self._tasks) and self._loop.time() < until:
                 await asyncio.sleep(0.02)
-        for task in list(self._tasks):
+        if self._tidying:
+            await asyncio.wait(list(self._tidying), timeout=_TIDY_S)
+        left = [*self._tasks, *self._tidying]
+        for task in left:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(list(self._tasks))
+        if left:
+            await asyncio.wait(left)
         await self._session.close()
 
 

@@ -105,7 +105,7 @@ class VertexBatchClient:
         errors = ({"code": _CODES.get(code, f"error_{code}")},) if type(code) is int else ()
         answers = tuple(name for name in files if name.endswith(".jsonl"))
         # A job that failed half-way has been paid for as far as it came.
-        return Look("completed" if state == "failed" and answers else state, answers, errors)
+        return Look("completed" if state == "failed" and answers else state, answers, errors, f"{intent}/rows.jsonl")
 
     async def cancel(self, batch: str) -> None:
         await self._wire.call("POST", f"batchPredictionJobs/{batch.partition('.')[0]}:cancel", data=b"{}")

@@ -23,6 +23,16 @@ run, on which vLLM serves."""
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """How an engine of ours bids by supply and demand: its price times ``least`` while nobody asks for it, rising
+    smoothly to ``most`` where all its time before the deadline is asked for. What it charges stays its price.
+    """
+
+    least: Decimal
+    most: Decimal
+
+
+@dataclass(frozen=True, slots=True)
 class PriceSchedule:
     """A pool's unit price per meter, per single token, request or second, in ``currency``.
 
@@ -43,6 +53,7 @@ class PriceSchedule:
     """When it ends; None: not known to."""
     fetched_at: datetime | None = None
     """When it was read from a feed; None where it was written down."""
+    demand: Demand | None = None
 
     @property
     def by_time(self) -> bool:

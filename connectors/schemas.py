@@ -64,8 +64,9 @@ BIDS = _schema(
     ("reject_reason", LABEL), ("expected_cached_tokens", pa.int64()), ("expected_output_tokens", pa.int64()),
     ("expected_cost", COST), ("worst_case_cost", COST), ("risk_cost", COST), ("lateness_cost", COST),
     ("finish_at", UTC), ("score", COST), ("price_id", LABEL), ("audit_cost", COST), ("exploration_credit", COST),
+    ("demand_cost", COST),
 )  # fmt: skip
-"""``score`` = expected + risk + lateness + audit cost - exploration credit, to the last digit."""
+"""``score`` = expected + risk + lateness + audit + demand cost - exploration credit, to the last digit."""
 
 AWARDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("score", COST),

@@ -143,7 +143,8 @@ ORDER BY attempt_id, cost DESC NULLS LAST, meter"""
 _BIDS = """
 SELECT
     pool, eligible, reject_reason, expected_cached_tokens, expected_output_tokens, expected_cost, risk_cost,
-    lateness_cost, score, worst_case_cost, finish_at, price_id, audit_cost, exploration_credit
+    lateness_cost, score, worst_case_cost, finish_at, price_id, audit_cost, exploration_credit,
+    demand_cost
 FROM bids
 WHERE run_id = $1 AND round = $2 AND lot_id = $3
 ORDER BY eligible DESC, score NULLS LAST, pool"""

@@ -14,8 +14,8 @@ from typing import Any
 class Bid:
     """One pool's offer for the lot. All USD; the lowest ``score`` is the best.
 
-    ``score`` = expected + risk + lateness + audit cost - exploration credit. ``audit_cost`` and ``exploration_credit``
-    are None in ledgers from before they were scored.
+    ``score`` = expected + risk + lateness + audit + demand cost - exploration credit; the last three are None in a
+    ledger from before they were scored.
     """
 
     pool: str
@@ -32,6 +32,7 @@ class Bid:
     price_id: str | None
     audit_cost: Decimal | None = None
     exploration_credit: Decimal | None = None
+    demand_cost: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)

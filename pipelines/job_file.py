@@ -57,7 +57,7 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
     day = run_date or now.astimezone(ZoneInfo(timezone)).date()
     bought = pools_file.read_pools(pools["pools"], pools.get("models"), pools.get("fx"), pools_directory)
     model = _model(fields, bought)
-    return Job(
+    job = Job(
         name=name,
         run_date=day,
         input=_inputs(fields.need("input", "a path, a glob, a URL or a list of them"), day, directory),
@@ -83,6 +83,18 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
         source_dir=directory,
         lines={**lines_of(root), **{key: at for node in pools.values() for key, at in lines_of(node).items()}},
     )
+    _check_raw(job)
+    return job
+
+
+def _check_raw(job: Job) -> None:
+    """Whether every pool takes prompts as they are, where the job sends them so."""
+    from bidbeam.connectors.profiles import profile
+
+    for place, pool in enumerate(job.pools if job.prompt.format == "raw" else ()):
+        if pool.kind != "vllm" and not profile(pool.profile).takes_raw:
+            problem = f"profile {pool.profile} takes chats only, and this job sends raw prompts"
+            raise job.fault(f"pools[{place}].profile", problem, expected="prompt.format: chat, or another pool")
 
 
 def _trees(path: Path, overrides: Sequence[str]) -> tuple[Node, dict[str, Node], str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact
 
-from bidbeam.connectors.pools import Meter, PriceSchedule
+from bidbeam.connectors.pools import Demand, Meter, PriceSchedule
 from bidbeam.connectors.price_feeds import DEAREST_TOKEN_USD, PLACES
 from bidbeam.pipelines.config_check import Fields, decimal_of, fault, moment_of, nearest, shown, text_of
 from bidbeam.pipelines.yaml_text import Node
@@ -20,6 +21,7 @@ _TOKEN_METERS: Mapping[str, Meter] = {
     "input": "uncached_input", "cached_input": "cached_input", "cache_write": "cache_write", "output": "output",
 }  # fmt: skip
 TOKEN_KEYS = (*_TOKEN_METERS, "request", "per")
+_DEMAND = (Decimal("0.5"), Decimal(10))
 _WIDE = Context(prec=100)
 _EXACT = Context(prec=100, traps=[Inexact])
 
@@ -70,7 +72,7 @@ def price_of(
     kind of pool may be paid by the accelerator hour. A remote pool that is rented by the hour and does
     ``tokens_per_second`` has the price of a token that follows.
     """
-    fields = Fields(node, (*TOKEN_KEYS, "accelerator_hour", "currency", "source", "valid_from", "valid_to"))
+    fields = Fields(node, (*TOKEN_KEYS, "accelerator_hour", "currency", "source", "valid_from", "valid_to", "demand"))
     currency = currency_of(fields, fx)
     told = fields.read("source", text_of, source)
     valid_from, valid_to = fields.maybe("valid_from", moment_of), fields.maybe("valid_to", moment_of)
@@ -87,7 +89,27 @@ def price_of(
         rate = Decimal(1) if currency == "USD" else fx[currency] or Decimal(0)
         also = " or accelerator_hour" if by_hour else ""
         unit_prices = token_prices(fields, f'input and output, such as "0.10" and "0.40" per: 1M tokens{also}', rate)
-    return schedule_of(pool, unit_prices, currency, told, valid_from=valid_from, valid_to=valid_to)
+    priced = schedule_of(pool, unit_prices, currency, told, valid_from=valid_from, valid_to=valid_to)
+    return replace(priced, demand=_demand(fields, by_hour))
+
+
+def _demand(fields: Fields, allowed: bool) -> Demand | None:
+    """The curve by which an engine of ours bids: bounded, so that no bid runs away."""
+    node = fields.get("demand")
+    if node is None:
+        return None
+    if not allowed:
+        raise fault(node, "only engines of ours bid by supply and demand", "a price without demand")
+    curve = Fields(node, ("least", "most"))
+
+    def factor(entry: Node) -> Decimal:
+        return decimal_of(entry, 'a factor of the price, such as "0.8" or "2.0"')
+
+    least, most = curve.read("least", factor, Decimal(1)), curve.read("most", factor, Decimal(1))
+    low, high = _DEMAND
+    if not low <= least <= 1 <= most <= high:
+        raise fault(node, f"asks for {least:f} to {most:f} times the price", f"{low} <= least <= 1 <= most <= {high}")
+    return Demand(least, most)
 
 
 def schedule_of(

@@ -76,7 +76,7 @@ def render_report(
     sections: Sequence[Section] = sections_of(ledger)
     # Escapes whatever is not Markup, and only our own charts are; a name that the template misspells is an error.
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = page.from_string((resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8"))
+    template = page.from_string((resources.files(__package__) / "templates" / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         title=title,
         ledger=ledger_url,

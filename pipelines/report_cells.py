@@ -16,6 +16,8 @@ from bidbeam.pipelines.show import duration_text
 
 ROWS_SHOWN = 40
 UNKNOWN = "–"  # noqa: RUF001 - the dash that stands for a value nobody knows
+_LEAST_SHOWN = Decimal("1E-12")
+"""USD; what is less than this, and not nothing, is shown as about nothing."""
 _PER_MILLION = frozenset({"uncached_input", "cached_input", "cache_write", "output"})
 
 Row = Mapping[str, Any]
@@ -29,7 +31,7 @@ class Cell:
     exact: str | None = None
     plot: Markup | None = None
     tone: str | None = None
-    """good, bad or None."""
+    """good, bad, whole (never broken into lines) or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,10 @@ def count_cell(value: int | None) -> Cell:
 
 def usd_cell(value: Decimal | None) -> Cell:
     """Dollars for people, with the exact amount behind them."""
-    return Cell(UNKNOWN) if value is None else Cell(usd(value), f"{value:f} USD")
+    if value is None:
+        return Cell(UNKNOWN)
+    told = usd(value) if value == 0 or abs(value) >= _LEAST_SHOWN else "≈ $0.00"
+    return Cell(told, f"{value:f} USD")
 
 
 def native_cell(value: Decimal | None, currency: str) -> Cell:
@@ -106,7 +111,7 @@ def time_cell(value: datetime | None) -> Cell:
     """A moment in UTC, to the minute."""
     if value is None:
         return Cell(UNKNOWN)
-    return Cell(f"{value.astimezone(UTC):%Y-%m-%d %H:%M}", f"{value.astimezone(UTC).isoformat()}")
+    return Cell(f"{value.astimezone(UTC):%Y-%m-%d %H:%M}", f"{value.astimezone(UTC).isoformat()}", tone="whole")
 
 
 def took_cell(start: datetime | None, end: datetime | None) -> Cell:

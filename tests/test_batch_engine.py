@@ -17,10 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bidbeam.connectors import batch_courier
+from bidbeam.connectors import batch_client, batch_courier
 from bidbeam.connectors.batch_engine import BatchEngine
 from bidbeam.connectors.batch_journal import INTENT_ROWS, BatchJournal, Intent
 from bidbeam.connectors.batch_lines import custom_id, read_line
+from bidbeam.connectors.batch_rows import lines_of
 from bidbeam.connectors.credentials import StaticKey
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.engine import REQUEST_FIELDS, Lasting
@@ -688,3 +689,25 @@ def test_every_request_comes_back_once_and_is_run_once(
         assert len({ran.custom_id for ran in front.served}) == len(front.served) == len(answered)
         assert sum(row["input_tokens"] for row in answered) == sum(ran.prompt_tokens or 0 for ran in front.served)
         assert sum(row["output_tokens"] for row in answered) == sum(ran.completion_tokens or 0 for ran in front.served)
+
+
+def test_an_answer_file_beyond_belief_is_not_taken(
+    upstream: EndpointDouble, desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was served, perhaps, but cannot be read: its rows come back as unknown, and the disk is spared."""
+    monkeypatch.setattr(batch_client, "MAX_FILE_BYTES", 1_000)
+    with BatchFront(upstream.base_url) as front:
+        at = desk(front)
+        engine = at.open()
+        engine.submit(asks(20))
+        assert classes(at.work(engine)) == {"cancelled": 20}
+        assert len(front.batches) == 1
+
+
+def test_a_line_beyond_belief_is_skipped_whole(tmp_path: Path) -> None:
+    """Lines are read one at a time, each up to a limit; what is longer counts as one that says nothing."""
+    path = tmp_path / "answers"
+    path.write_bytes(b"short\n" + b"x" * 5_000 + b"\n\n  \nlast")
+    assert list(lines_of(path, longest=100)) == [b"short\n", None, b"last"]
+    path.write_bytes(b"x" * 101)
+    assert list(lines_of(path, longest=100)) == [None]

@@ -68,7 +68,8 @@ def bill(front: BatchFront) -> Decimal:
 def test_a_run_on_a_batch_pool_is_one_file_and_its_ledger_is_the_provider_s_bill(
     tmp_path: Path, upstream: EndpointDouble
 ) -> None:
-    """All prompts go into one batch, named by nothing that says what they ask; tokens and cost agree to the last."""
+    """All prompts go into one batch, named by nothing that says what they ask; tokens and cost agree to the last digit,
+    and neither prompts nor answers stay behind at the provider."""
     with BatchFront(upstream.base_url) as front:
         job = make_job(tmp_path, prompts(300), [batch(front)])
         summary = run(job)
@@ -77,9 +78,9 @@ def test_a_run_on_a_batch_pool_is_one_file_and_its_ledger_is_the_provider_s_bill
     found = check(job, 300)
     assert total(found.rows("charges")) == bill(front)
     assert len(front.served) == len(found.attempts) == 300
-    sent = front.files[front.batches[0].input_file]
+    assert not front.files
     assert all(set(row) == {"custom_id", "method", "url", "body"} for row in front.batches[0].rows)
-    assert b"item 17 of the list" in sent
+    assert sum("item 17 of the list" in str(row["body"]) for row in front.batches[0].rows) == 1
     assert front.batches[0].metadata["bidbeam_run"] == job.run_id
     assert not list((found.run_dir / "_journal").rglob("*.intent.arrow"))
 

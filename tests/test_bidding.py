@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from markets import NOW, lots_of, pool, random_market
 
 from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.pools import Demand
 from bidbeam.connectors.schemas import BIDS
 from bidbeam.transforms.bidding import DEFAULT_TOKENS_PER_SECOND, WORST_SLOWDOWN, PoolState, make_bids
 from bidbeam.transforms.clearing import clear
@@ -117,6 +118,7 @@ def test_a_rejected_bid_has_a_row_without_money() -> None:
     assert unknown == {
         "expected_cached_tokens", "expected_output_tokens", "expected_cost", "worst_case_cost", "risk_cost",
         "lateness_cost", "finish_at", "score", "audit_cost", "exploration_credit",
+        "demand_cost",
     }  # fmt: skip
 
 
@@ -245,6 +247,37 @@ def test_newcomers_share_one_lot_in_twenty_at_a_discount(lots: int, newcomers: i
     assert set(clear(make_bids(table, dear, now=NOW)).lots_of) <= {"old"}
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.decimals("0.5", 1, places=2), st.decimals(1, 10, places=2), st.integers(1, 40), st.integers(1, 400))
+def test_an_engine_bids_more_as_its_time_is_asked_for_and_charges_the_same(
+    least: Decimal, most: Decimal, lots: int, deadline_s: int
+) -> None:
+    """Between the least and the most, never falling with demand; bill and reservation stay those of its price."""
+    plain = pool("own", hour="3.60", tokens_per_second=1200)
+    priced = replace(plain.spec.price, demand=Demand(least, most))
+    eager = replace(plain, spec=replace(plain.spec, price=priced))
+    deadline = NOW + timedelta(seconds=deadline_s)
+    asked = []
+    for count in (1, lots, lots + 1):
+        table = lots_of(*({} for _ in range(count)))  # a second each
+        row, same = (
+            make_bids(table, [state], now=NOW, deadline=deadline).to_table(run_id="r", round_number=1).to_pylist()[0]
+            for state in (eager, plain)
+        )
+        factor = 1 + row["demand_cost"] / row["expected_cost"]
+        assert least <= factor <= most
+        assert same["demand_cost"] == 0
+        assert (row["expected_cost"], row["worst_case_cost"]) == (same["expected_cost"], same["worst_case_cost"])
+        asked.append(factor)
+    assert asked == sorted(asked)
+    if lots >= deadline_s:
+        assert asked[-1] == most
+    assert _row(eager)["demand_cost"] == _row(eager)["expected_cost"] * (least - 1)
+
+
+_ADDED = ("expected_cost", "risk_cost", "lateness_cost", "audit_cost", "demand_cost")
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.floats(0, 1e5), st.floats(0, 1e5), st.floats(0, 5), st.floats(0, 1), st.floats(0, 2), st.booleans(),
@@ -259,10 +292,13 @@ def test_the_score_is_the_exact_sum_of_its_terms(
         successes=good, failures=bad, failed_cost=charged, excess=excess, spread=spread, newcomer=newcomer
     )
     states = [replace(state, of_model={"m": known}) for state in states[:2]] + states[2:]
+    own = states[0].spec
+    priced = replace(own.price, demand=Demand(Decimal("0.8"), Decimal(2)))
+    states[0] = replace(states[0], spec=replace(own, price=priced))
     bids = make_bids(table, states, now=NOW, deadline=NOW + timedelta(seconds=900))
     for at, row in enumerate(bids.to_table(run_id="r", round_number=1).to_pylist()):
         if row["eligible"]:
-            terms = sum(row[name] for name in ("expected_cost", "risk_cost", "lateness_cost", "audit_cost"))
+            terms = sum(row[name] for name in _ADDED)
             assert row["score"] == terms - row["exploration_credit"]
             assert bids.score[at % 25, at // 25] == pytest.approx(float(row["score"]), rel=1e-9)
             assert min(row["risk_cost"], row["lateness_cost"], row["audit_cost"], row["score"]) >= 0

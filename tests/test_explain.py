@@ -7,12 +7,15 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from small_jobs import by_the_hour, make_job, prompts, remote
 from small_ledger import DAY_A, NOON, A, B, request, run_row, write_run, write_small_ledger
+from tiny_model import tiny_model
 
 from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.explain import Explanation, explain_request, render_text
 from bidbeam.pipelines.explanation import Clearing, exact_sum
+from bidbeam.pipelines.run import run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -83,6 +86,30 @@ def test_json_keeps_every_digit(ledger: str) -> None:
     assert found["attempts"][0]["started_at"] == NOON.isoformat()
     assert found["attempts"][1]["charges"][0]["unit_price"] == "0.000197222222222"
     assert found["clearings"][0]["bids"][2]["reject_reason"] == "jurisdiction US is not in [DE, EEA]"
+
+
+def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
+    """Of a run as it is written now: each term has its column, and they add up to the score on every bid."""
+    price = {"accelerator_hour": "0.71", "demand": {"least": "0.8", "most": "2.0"}}
+    pools = [remote("near"), by_the_hour("own", price=price, capacity={"tokens_per_second": 900})]
+    job = make_job(tmp_path, prompts(12), pools, models={"tiny": {"source": tiny_model()}}, deadline="1h")
+    run(job, rehearse=True)
+    found = explain_request(job.ledger, "q3", rehearsals=True)
+    (clearing,) = found.clearings
+    assert {bid.pool for bid in clearing.bids} == {"near", "own"}
+    for bid in clearing.bids:
+        terms = (bid.expected_cost, bid.risk_cost, bid.lateness_cost, bid.audit_cost, bid.demand_cost)
+        assert bid.exploration_credit is not None
+        assert exact_sum((*terms, bid.exploration_credit.copy_negate())) == bid.score
+        assert bid.expected_cost is not None
+        assert bid.risk_cost == (bid.expected_cost / 50).quantize(Decimal("1e-18"))  # the prior's
+    own = next(bid for bid in clearing.bids if bid.pool == "own")
+    assert own.demand_cost is not None
+    assert own.demand_cost < 0
+    text = render_text(found)
+    assert "= expected" in text
+    for term in ("+ risk", "+ lateness", "+ audit", "+ demand", "- exploration"):
+        assert term in text
 
 
 @pytest.mark.parametrize(

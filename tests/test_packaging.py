@@ -117,6 +117,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "bidbeam/pipelines/templates/job.yaml",
         "bidbeam/pipelines/templates/pools.yaml",
         "bidbeam/pipelines/templates/prompts.jsonl",
+        "bidbeam/pipelines/templates/report.html.jinja",
     } <= set(names)
     assert not [name for name in names if "__pycache__" in name or "test" in name.lower()]
     assert [name for name in names if name.endswith("licenses/LICENSE")]

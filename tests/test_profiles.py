@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_jobs import make_job, prompts, remote
 
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.http_transport import endpoint
@@ -200,3 +202,14 @@ def test_names_the_nearest_profile() -> None:
     """A misspelt profile is answered with the right one."""
     with pytest.raises(ConfigError, match="did you mean 'sagemaker"):
         profile("sagemakr")
+
+
+def test_a_raw_job_is_refused_where_a_pool_takes_chats_only(tmp_path: Path) -> None:
+    """Known before anything is sent, at the pool's line; an engine or endpoint that takes both is fine."""
+    pool = remote("far", "https://proxy.example/v1", profile="vertex")
+    raw = {"id": "id", "column": "prompt", "format": "raw"}
+    with pytest.raises(ConfigError, match=r"pools\[0\].profile: profile vertex takes chats only") as raised:
+        make_job(tmp_path, prompts(1), [pool], prompt=raw)
+    assert raised.value.line is not None
+    make_job(tmp_path, prompts(1), [pool])
+    make_job(tmp_path, prompts(1), [{**pool, "profile": "chutes"}], prompt=raw)

@@ -16,7 +16,7 @@ from small_jobs import DAY, LATIN, by_the_hour, make_job, prompts, remote, write
 from tiny_model import tiny_model
 
 from bidbeam.connectors.doubles import OK, EndpointDouble, Reply, Seen
-from bidbeam.connectors.errors import InputError
+from bidbeam.connectors.errors import ConfigError, InputError
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.quote import quote_job
@@ -218,6 +218,22 @@ def test_a_quote_prints_the_market(tmp_path: Path) -> None:
     for shown in ("7 at once, 1,000 tokens/s", "others bid less", "reserved", "worst case", "lower bound"):
         assert shown in text
     assert "earlier runs" not in text
+
+
+def test_an_engine_that_bids_by_demand_is_quoted_at_its_price(tmp_path: Path) -> None:
+    """``demand`` moves what an engine bids, not what it charges; a curve without bounds is refused, and so is one of a
+    remote pool."""
+    models = {"tiny": {"source": tiny_model()}}
+
+    def quoted(price: dict[str, Any], **keys: Any) -> Decimal:
+        own = by_the_hour("own", price={"accelerator_hour": "0.71", **price}, capacity={"tokens_per_second": 900})
+        return quote_job(make_job(tmp_path, prompts(6), [own], models=models, deadline="1h", **keys)).expected_cost
+
+    assert quoted({"demand": {"least": "0.8", "most": "2.0"}}) == quoted({}) > 0
+    with pytest.raises(ConfigError, match=r"price.demand: asks for 0.1 to 1 times the price"):
+        quoted({"demand": {"least": "0.1"}})
+    with pytest.raises(ConfigError, match="only engines of ours bid by supply and demand"):
+        make_job(tmp_path, prompts(6), [remote("near", price={"input": "1", "output": "1", "demand": {"most": "2"}})])
 
 
 def test_the_quote_command_prints_and_exits_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,10 @@
 
 In the letters of ``market``: for any prices m >= 0 on the pools' seconds, the least of ``c - s + m a`` over all
 assignments, which a chain of minima finds exactly, less ``m K``, is a lower bound: the linear program's dual, with the
-savings of neighbours exact. The prices come from the linear program over *classes* of lots alike. The assignment is
-the best of three, improved by local search: the classes' shares dealt out in order, the linear program over
-single lots rounded, and plain greedy.
+savings of neighbours exact. The prices begin as those of the linear program over *classes* of lots alike and are raised
+to those of the single lots (``capacity_prices``). The assignment is the best of three, improved by local search and by
+dividing two pools' lots anew: the shares that the lots have at those prices rounded so that no pool gets more than it
+has room for, the classes' shares dealt out in long runs of neighbours, and plain greedy.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bidbeam.transforms.capacity_prices import ascend
 from bidbeam.transforms.linear_program import least_makespan, transport
 from bidbeam.transforms.local_search import improve
 from bidbeam.transforms.market import UNSERVED, Bools, Floats, Ints, Market, best_chain, greedy
+from bidbeam.transforms.pair_exchange import exchange_pairs
 
-_CLASS_VARIABLES = 24_000
-_LOT_PAIRS = 40_000
-_LEAST_CHOICES, _MOST_CHOICES = 3, 8
+_CLASS_VARIABLES = 12_000
 _GOOD_ENOUGH = 1e-4
+_IMPROVED = 2
+_SHARED = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,12 +45,16 @@ def allocate(market: Market) -> Allocation:
     if np.all(market.load(free) <= market.room):
         return Allocation(free, np.zeros(len(market.room)))
     prices, shares = class_prices(market)
+    # The classes' prices are near; from there it is a short way to those of the single lots.
+    prices, near = ascend(market, prices)
     tried = [
         greedy(market),
         _fill(market, prices, shares, _classes(market)),
-        _fill_rest(market, prices, dealt_singly(market, prices)),
+        _fill_rest(market, prices, _diffused(market, near)),
     ]
-    best = improve(market, min(tried, key=market.regarded))
+    tried = sorted(tried, key=market.regarded)[:_IMPROVED]
+    best = min((improve(market, pool_of) for pool_of in tried), key=market.regarded)
+    best = improve(market, exchange_pairs(market, best, prices))
     return Allocation(_fill_rest(market, prices, best), prices)
 
 
@@ -59,7 +66,9 @@ def lower_bound(market: Market, pool_of: Ints, prices: Floats | None = None) -> 
     value = market.value(pool_of)
     bound = _dual_value(market, np.zeros(len(market.room)))
     if value - bound > _GOOD_ENOUGH * abs(value) and np.isfinite(market.room).any():
-        bound = max(bound, _dual_value(market, class_prices(market)[0] if prices is None else prices))
+        bound = max(
+            bound, _dual_value(market, ascend(market, class_prices(market)[0])[0] if prices is None else prices)
+        )
     return min(bound, value)
 
 
@@ -136,23 +145,21 @@ def class_prices(market: Market) -> tuple[Floats, Floats]:
     return prices, spread
 
 
-def dealt_singly(market: Market, prices: Floats) -> Ints:
-    """The pool of each lot that the linear program over single lots gives wholly to one pool, else UNSERVED (lots,).
+def _diffused(market: Market, shares: Floats) -> Ints:
+    """Each lot wholly to one of the pools that share it (lots, pools).
 
-    Only the pools take part that are best for a lot at the given prices, so that it stays small.
+    What one lot takes too much of a pool's seconds the next take less: pools end with about what their shares need.
     """
-    warm = market.cost - market.saving
-    pool_of = np.full(len(warm), UNSERVED, dtype=np.int64)
-    choices = min(warm.shape[1], max(_LOT_PAIRS // max(len(warm), 1), _LEAST_CHOICES), _MOST_CHOICES)
-    priced = warm + market.seconds * prices
-    best = np.argpartition(priced, choices - 1, axis=1)[:, :choices]
-    lots, at = np.nonzero(np.isfinite(np.take_along_axis(priced, best, axis=1)))
-    pools = best[lots, at]
-    shares, _ = transport(
-        lots, pools, warm[lots, pools], market.seconds[lots, pools], market.unserved_cost, market.room
-    )
-    whole = shares > 1 - 1e-6
-    pool_of[lots[whole]] = pools[whole]
+    # A pool of unknown speed has no seconds: there lots are counted.
+    each = np.where(market.seconds > 0, market.seconds, 1.0)
+    taken = shares * each
+    pool_of = np.full(len(shares), UNSERVED, dtype=np.int64)
+    due = np.zeros(shares.shape[1])
+    for lot in np.flatnonzero(shares.max(axis=1, initial=0.0) > _SHARED):
+        due += taken[lot]
+        pool = int(np.argmax(np.where(shares[lot] > _SHARED, due / each[lot], -np.inf)))
+        pool_of[lot] = pool
+        due[pool] -= each[lot, pool]
     return pool_of
 
 

@@ -30,6 +30,7 @@ from bidbeam.transforms.scoring import (
     AUDITS_PER_EXCESS,
     EXPLORE_DISCOUNT_PPM,
     PPM,
+    demand_ppm,
     explored,
     lateness_ppm,
     ppm,
@@ -214,9 +215,7 @@ def _engine_milliseconds(lots: LotColumns, tokens: Ints, pool: PoolState) -> Int
     """Milliseconds of all the pool's engines together, rounded up."""
     engines = max(pool.spec.capacity.workers, 1)
     fast = pool.spec.accelerator is not None or pool.spec.kind == "lease"
-    speed = np.nan_to_num(
-        speed_of(lots, pool), nan=engines * DEFAULT_TOKENS_PER_SECOND[fast]
-    )
+    speed = np.nan_to_num(speed_of(lots, pool), nan=engines * DEFAULT_TOKENS_PER_SECOND[fast])
     milliseconds: Ints = np.ceil(tokens * (1000.0 * engines / speed)).astype(np.int64)
     return milliseconds
 
@@ -290,6 +289,11 @@ class BidMatrix:
         """What it costs (COST) to check the answers of a pool whose reports are in doubt."""
         return parts_per_million(expected, _audit_ppm(self.lots, self.pools[pool]))
 
+    def demand_cost(self, pool: int, expected: pa.Array) -> pa.Array:
+        """What the pool asks beside its price (COST), by supply and demand; negative where it asks less."""
+        share = _demand_ppm(self.lots, self.pools[pool], self.now, self.deadline, self.seconds[:, pool])
+        return parts_per_million(expected, np.full(len(self.lots), share, dtype=np.int64))
+
     def exploration_credit(self, pool: int, expected: pa.Array) -> pa.Array:
         """How much lower (COST) a newcomer's bid is scored where it may show what it can."""
         return parts_per_million(expected, _explore_ppm(self.lots, self.pools, pool))
@@ -297,7 +301,7 @@ class BidMatrix:
     def score_of(self, pool: int, expected: pa.Array) -> pa.Array:
         """The exact score (COST) of bids with these expected costs: the sum of the published terms."""
         score = expected
-        for term in (self.risk_cost, self.lateness_cost, self.audit_cost):
+        for term in (self.risk_cost, self.lateness_cost, self.audit_cost, self.demand_cost):
             score = pc.add(score.cast(_SUMMAND), term(pool, expected).cast(_SUMMAND))
         credit = self.exploration_credit(pool, expected)
         return pc.subtract(score.cast(_SUMMAND), credit.cast(_SUMMAND))
@@ -366,6 +370,7 @@ class BidMatrix:
                 label(state.spec.price.price_id),
                 offered(self.audit_cost(pool, expected)),
                 offered(self.exploration_credit(pool, expected)),
+                offered(self.demand_cost(pool, expected)),
             ],
             schema=BIDS,
         )
@@ -401,6 +406,17 @@ def _lateness_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: da
     duration = np.maximum(np.nan_to_num(seconds, nan=0.0), latency)
     left = (deadline - now).total_seconds() - wait
     return lateness_ppm(duration, spread, pool.turnaround_s, left)
+
+
+def _demand_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: datetime | None, seconds: Floats) -> int:
+    demand = pool.spec.price.demand
+    if demand is None:
+        return 0
+    # All lots of its models, whoever may win them: what is known before any bid.
+    models = pa.array(list(pool.spec.models), pa.string())
+    asked = seconds[np.asarray(pc.is_in(lots.model, value_set=models))]
+    left = None if deadline is None else (deadline - max(now, pool.available_from)).total_seconds()
+    return demand_ppm(demand, float(np.nansum(asked)), left)
 
 
 def _explore_ppm(lots: LotColumns, pools: Sequence[PoolState], at: int) -> Ints:
@@ -464,6 +480,7 @@ def make_bids(
                 _risk_ppm(columns, pool)
                 + _lateness_ppm(columns, pool, now, deadline, seconds[:, at])
                 + _audit_ppm(columns, pool)
+                + _demand_ppm(columns, pool, now, deadline, seconds[:, at])
                 - _explore_ppm(columns, pools, at)
             )
             weight = 1 + added / PPM

@@ -11,7 +11,7 @@ A pool of unknown speed has no bound on its seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -162,13 +162,13 @@ def clear(
     for lot in np.flatnonzero(~bids.eligible.any(axis=1)):
         unserved[lot] = bids.unserved_reason(int(lot)) or "no_eligible_pool"
     worst = _WorstCases(bids)
-    if budget is not None and np.any(pool_of >= 0) and sum(map(worst, *_pairs(pool_of)), Decimal(0)) > budget:
+    if budget is not None and _total(worst.of(pool_of)) > budget:
         affordable = _within_budget(market, bids, pool_of, worst, budget)
         unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (affordable < 0)), "budget"))
         pool_of = affordable
         unserved = {lot: reason for lot, reason in unserved.items() if pool_of[lot] < 0}
-    reserved = tuple(worst(lot, pool) if pool >= 0 else None for lot, pool in enumerate(pool_of))
-    committed = sum((cost for cost in reserved if cost is not None), Decimal(0))
+    reserved = tuple(worst.of(pool_of))
+    committed = _total(reserved)
     runner_up = _runners_up(bids, pool_of)
     fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
     objective, bound, regret = _regret(market, bids, pool_of, None if unserved else dealt.prices)
@@ -214,11 +214,6 @@ def _market(bids: BidMatrix, slack: float | None) -> tuple[Market, bool]:
     return market.within(np.where(unbounded, np.inf, horizon)), True
 
 
-def _pairs(pool_of: Ints) -> tuple[Ints, Ints]:
-    lots = np.flatnonzero(pool_of >= 0)
-    return lots, pool_of[lots]
-
-
 def _finish_first(market: Market, pool_of: Ints) -> Ints:
     """Gives each lot that the default horizon left over to the eligible pool that is done with it first."""
     pool_of = pool_of.copy()
@@ -236,12 +231,30 @@ class _WorstCases:
     """Exact worst case of (lot, pool) pairs, in USD; a pool's are computed when first asked for."""
 
     def __init__(self, bids: BidMatrix) -> None:
-        self._bids, self._known = bids, dict[int, list[Decimal]]()
+        self._bids, self._columns, self._known = bids, dict[int, pa.Array](), dict[int, list[Decimal]]()
 
     def __call__(self, lot: int, pool: int) -> Decimal:
         if pool not in self._known:
-            self._known[pool] = self._bids.worst_case_cost(int(pool)).to_pylist()
+            self._known[pool] = self._column(pool).to_pylist()
         return self._known[pool][lot]
+
+    def of(self, pool_of: Ints) -> list[Decimal | None]:
+        """Those of an assignment, None where a lot is unserved."""
+        costs: list[Decimal | None] = [None] * len(pool_of)
+        for pool in np.unique(pool_of[pool_of >= 0]):
+            lots = np.flatnonzero(pool_of == pool)
+            for lot, cost in zip(lots, self._column(int(pool)).take(pa.array(lots)).to_pylist(), strict=True):
+                costs[lot] = cost
+        return costs
+
+    def _column(self, pool: int) -> pa.Array:
+        if pool not in self._columns:
+            self._columns[pool] = self._bids.worst_case_cost(int(pool))
+        return self._columns[pool]
+
+
+def _total(costs: Iterable[Decimal | None]) -> Decimal:
+    return sum((cost for cost in costs if cost is not None), Decimal(0))
 
 
 def _within_budget(market: Market, bids: BidMatrix, pool_of: Ints, worst: _WorstCases, budget: Decimal) -> Ints:

@@ -116,9 +116,9 @@ def scaled(cost: pa.Array, rate: Decimal, rounding: Literal["half_to_even", "up"
 
 
 def parts_per_million(cost: pa.Array, ppm: Ints) -> pa.Array:
-    """decimal128(38,18) x so many millionths (none negative), element by element, rounded half-even at 18 places."""
+    """decimal128(38,18) x so many millionths, element by element, rounded half-even at 18 places."""
     raw = np.zeros((len(ppm), 2), dtype=np.int64)
-    raw[:, 0] = ppm
+    raw[:, 0], raw[:, 1] = ppm, ppm >> 63  # two's complement
     millionths = pa.Array.from_buffers(_MILLIONTHS, len(ppm), [None, pa.py_buffer(raw)]).cast(pa.decimal256(18, 6))
     exact = pc.multiply(cost.cast(pa.decimal256(38, 18)), millionths)
     return pc.round(exact, ndigits=18, round_mode="half_to_even").cast(COST)

@@ -117,7 +117,7 @@ def _attempts(known: Reputation) -> float:
 
 def _weight(at: datetime, now: datetime) -> float:
     age_days = max((now - at).total_seconds(), 0.0) / 86_400
-    return 0.5 ** (age_days / HALF_LIFE_DAYS)
+    return math.exp2(-age_days / HALF_LIFE_DAYS)
 
 
 Weighed = Sequence[tuple["Deeds", float]]

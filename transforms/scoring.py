@@ -1,6 +1,6 @@
 """The scoring rule: what is added to a bid's expected bill before bids are compared, in parts per million of that bill.
 
-    score = expected bill + risk + lateness + audit - exploration
+    score = expected bill + risk + lateness + audit + demand - exploration
 
 All in money, and nothing in it depends on another pool's bid: no pool can move another's score, and a bid for less is
 never scored higher. The rule's parameters are published with every auction, in ``auctions.rule``.
@@ -8,6 +8,7 @@ never scored higher. The rule's parameters are published with every auction, in 
 risk         P(fail) x (the bill once more + what a failed attempt is charged), P from the ledger's posterior
 lateness     P(late) x LATENESS_WORTH x the bill; P from the spread of the finish time before the deadline
 audit        AUDITS_PER_EXCESS x what a pool reports beyond our recount, as a share of answers bought twice to check
+demand       an engine of ours that bids by supply and demand asks for more, or less, than it will charge
 exploration  a newcomer's bid on every EXPLORE_EVERY-th lot is scored EXPLORE_DISCOUNT lower
 """
 
@@ -19,6 +20,7 @@ from functools import cache
 
 import numpy as np
 
+from bidbeam.connectors.pools import Demand
 from bidbeam.transforms import reputation
 from bidbeam.transforms.pricing import Floats, Ints
 
@@ -39,7 +41,7 @@ EXPLORE_DISCOUNT_PPM = 200_000
 def rule_text() -> str:
     """The rule as it is published: its parameters as JSON with sorted keys, and the SHA-256 of these."""
     parameters = {
-        "score": "expected_cost + risk_cost + lateness_cost + audit_cost - exploration_credit",
+        "score": "expected_cost + risk_cost + lateness_cost + audit_cost + demand_cost - exploration_credit",
         "audits_per_excess": AUDITS_PER_EXCESS,
         "bill_tolerance": reputation.BILL_TOLERANCE,
         "explore_discount": EXPLORE_DISCOUNT_PPM / PPM,
@@ -80,6 +82,17 @@ def lateness_ppm(duration_s: Floats, spread: Floats, turnaround_s: float, left_s
         away = np.where(deviation > 0, slack / deviation, np.inf)
     worth: Ints = np.rint(ndtr(-away) * (LATENESS_WORTH * PPM)).astype(np.int64)
     return worth
+
+
+def demand_ppm(demand: Demand | None, asked_s: float, left_s: float | None) -> int:
+    """What a pool asks beside its price: least - 1 while idle to most - 1 where ``asked_s``, the seconds of all lots
+    that may come to it, fill the time to the deadline; a smooth step between. Without a deadline no time is scarce.
+    """
+    if demand is None:
+        return 0
+    used = 0.0 if left_s is None else min(asked_s / left_s, 1.0) if left_s > 0 else 1.0
+    least, most = float(demand.least), float(demand.most)
+    return round((least + (most - least) * used * used * (3 - 2 * used) - 1) * PPM)
 
 
 def explored(lots: Ints, newcomers: int) -> list[Ints]:

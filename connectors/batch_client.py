@@ -19,9 +19,11 @@ import aiohttp
 from bidbeam.connectors.batch_lines import overall_message
 from bidbeam.connectors.credentials import Credentials
 from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.http_errors import classify, retry_after_s
 from bidbeam.connectors.http_transport import Endpoint, read_body, transport_failure
-from bidbeam.connectors.http_wire import classify, pointer, provider_message, read_json, retry_after_s
 from bidbeam.connectors.profiles import ErrorClass
+from bidbeam.connectors.provider_text import provider_message
+from bidbeam.connectors.wire_json import pointer, read_json
 
 State = Literal[
     "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"

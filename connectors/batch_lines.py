@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from bidbeam.connectors.http_wire import Outcome, classify, read_answer
+from bidbeam.connectors.http_errors import classify
+from bidbeam.connectors.http_wire import Outcome, read_answer
 from bidbeam.connectors.profiles import ErrorClass, Profile
 
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")

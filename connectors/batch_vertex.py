@@ -17,8 +17,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from bidbeam.connectors.batch_client import BatchCallError, Look, State, Wire
 from bidbeam.connectors.errors import StoreError
 from bidbeam.connectors.http_transport import Endpoint
-from bidbeam.connectors.http_wire import pointer
 from bidbeam.connectors.store import Store
+from bidbeam.connectors.wire_json import pointer
 
 _COMPLETIONS = "/endpoints/openapi"
 _STATES: Mapping[str, State] = {

@@ -31,7 +31,7 @@ def fetch_json(
 
     from bidbeam import __version__
     from bidbeam.connectors.http_transport import CONNECT_S, LOOP, is_loopback, read_body, transport_failure
-    from bidbeam.connectors.http_wire import read_json
+    from bidbeam.connectors.wire_json import read_json
 
     host = checked_host(url)
 

@@ -37,14 +37,13 @@ from bidbeam.connectors.http_wire import (
     Outcome,
     Sampling,
     SamplingError,
-    pointer,
-    provider_message,
     read_answer,
-    read_json,
     read_sampling,
     request_body,
 )
 from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.provider_text import provider_message
+from bidbeam.connectors.wire_json import pointer, read_json
 
 DEFAULT_CONCURRENCY = 16
 MAX_ANSWER_BYTES = 32 * 2**20

@@ -18,9 +18,10 @@ from multidict import CIMultiDict
 
 from bidbeam import __version__
 from bidbeam.connectors.errors import ConfigError
-from bidbeam.connectors.http_wire import MESSAGE_CHARS, Outcome
+from bidbeam.connectors.http_wire import Outcome
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.profiles import ErrorClass, Profile, resolved
+from bidbeam.connectors.provider_text import MESSAGE_CHARS
 
 KEEPALIVE_S = 4.0
 """Below the 5 s after which common servers drop an idle connection, so that no request meets one that just closed."""

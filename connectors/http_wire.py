@@ -6,28 +6,30 @@ Nothing here does I/O, and nothing here raises on what a provider sends.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, Literal
 
-from bidbeam.connectors.profile_record import ErrorClass, ErrorRule, Profile
+from bidbeam.connectors.http_errors import (
+    by_rules,
+    classify,
+    error_of,
+    inner_status,
+    retry_after_s,
+    status_of,
+    told_wait_s,
+)
+from bidbeam.connectors.profile_record import ErrorClass, Profile
+from bidbeam.connectors.provider_text import MESSAGE_CHARS, provider_message
 from bidbeam.connectors.secrets import mask
+from bidbeam.connectors.wire_json import GARBAGE, pointer, read_json, whole
 
-MESSAGE_CHARS = 200
-ECHO_CHARS = 20
-"""A provider's message that repeats this many characters of the prompt is left out."""
-_MESSAGE_READ = 1_000
-"""How much of a provider's message is looked at, so that a huge one costs nothing."""
 _OURS = frozenset({"model", "messages", "prompt", "stream", "stream_options", "cache_salt"})
 """Body fields that are never taken from sampling: they would change what is asked, or how it is answered."""
-_INT64_MAX = 2**63 - 1
 _COST_PLACES = Decimal(1).scaleb(-18)
 _COST_CONTEXT = Context(prec=60, rounding=ROUND_HALF_EVEN)
 _ID = re.compile(r"[!-~]{1,128}")
@@ -168,7 +170,7 @@ def read_answer(
         **_usage(profile, document),
     )
 
-    error = _error_of(document)
+    error = error_of(document)
     after = retry_after_s(profile, headers, now)
     if after is None and (error is not None or http_status >= 300):
         after = told_wait_s(profile, error)
@@ -186,17 +188,15 @@ def read_answer(
         )
 
     if not 200 <= http_status < 300:
-        status = _inner_status(profile, document) or http_status
+        status = inner_status(profile, document) or http_status
         return failed(classed(status), theirs(status, error))
-    if document is _GARBAGE:
+    if document is GARBAGE:
         kind = provider_message(headers.get("content-type", "").partition(";")[0], prompt_text, secrets)
         return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {len(body)} bytes)")
     if error is not None:
-        inner = _status_of(error)
+        inner = status_of(error)
         if inner is None:
-            return failed(
-                _by_rules(profile, None, document, headers, False) or "bad_output", theirs(http_status, error)
-            )
+            return failed(by_rules(profile, None, document, headers, False) or "bad_output", theirs(http_status, error))
         return failed(classed(inner), theirs(inner, error))
     return _read_choices(document, base, failed, chat=chat, n=n)
 
@@ -209,7 +209,7 @@ def _read_choices(
         return failed("bad_output", "the answer holds no list of choices")
     if len(choices) < n:
         return failed("bad_output", f"the answer holds {len(choices)} choices of {n}")
-    ordered = sorted(choices, key=lambda choice: _whole(choice.get("index")) or 0)[:n]
+    ordered = sorted(choices, key=lambda choice: whole(choice.get("index")) or 0)[:n]
     texts: list[str] = []
     for choice in ordered:
         text = pointer(choice, "/message/content") if chat else choice.get("text")
@@ -244,203 +244,13 @@ _EXPLAINED = {
 }
 
 
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-
-
-def classify(
-    profile: Profile,
-    http_status: int,
-    document: object = None,
-    headers: Mapping[str, str] = _NO_HEADERS,
-    *,
-    waits: bool = False,
-) -> ErrorClass:
-    """The class of an error by the profile's rules; where none matches ``server`` from 500 up, else ``caller``.
-
-    ``waits``: whether the answer names a time to wait.
-    """
-    found = _by_rules(profile, http_status, document, headers, waits)
-    return found or ("server" if http_status >= 500 else "caller")
-
-
-def _by_rules(
-    profile: Profile, http_status: int | None, document: object, headers: Mapping[str, str], waits: bool
-) -> ErrorClass | None:
-    for rule in profile.error_map:
-        if (waits or not rule.waits) and _matches(rule, http_status, document, headers):
-            return rule.error_class
-    return None
-
-
-def _matches(rule: ErrorRule, http_status: int | None, document: object, headers: Mapping[str, str]) -> bool:
-    if http_status is None and not rule.contains:
-        return False
-    if rule.statuses and http_status is not None and http_status not in rule.statuses:
-        return False
-    if not rule.contains:
-        return True
-    texts = (pointer(document, each) if each.startswith("/") else headers.get(each) for each in rule.pointers)
-    return any(isinstance(text, str) and rule.contains in text.lower() for text in texts)
-
-
-def _inner_status(profile: Profile, document: object) -> int | None:
-    """The status that an error quotes of what stands behind the provider, as far as it is one of an error."""
-    status = None if profile.inner_status is None else _whole(pointer(document, profile.inner_status))
-    return status if status is not None and 400 <= status < 600 else None
-
-
-def provider_message(error: object, prompt_text: str, secrets: Iterable[str]) -> str:
-    """What the provider says went wrong, fit for a ledger: one line, cut short, keys masked; empty where it says
-    nothing or repeats a piece of the prompt.
-    """
-    if isinstance(error, dict):
-        error = next((error[name] for name in ("message", "detail", "code") if isinstance(error.get(name), str)), None)
-    if not isinstance(error, str):
-        return ""
-    line = _one_line(error[:_MESSAGE_READ])
-    if _echoes(line, prompt_text):
-        return ""
-    return mask(line, secrets)[:MESSAGE_CHARS]
-
-
-def _one_line(text: str) -> str:
-    """``text`` with what does not print (controls, line ends, marks of direction, lone surrogates) as single spaces."""
-    if not text.isprintable():
-        text = "".join(char if char.isprintable() else " " for char in text)
-    return " ".join(text.split())
-
-
-def _echoes(line: str, prompt_text: str) -> bool:
-    """Whether ``line`` repeats 20 characters of the prompt, or all of a shorter one, as it is or escaped as JSON."""
-    for told in _prompt_strings(prompt_text):
-        for shape in {_one_line(told), _one_line(json.dumps(told)[1:-1])}:
-            width = min(ECHO_CHARS, len(shape))
-            if width and any(line[at : at + width] in shape for at in range(len(line) - width + 1)):
-                return True
-    return False
-
-
-def _prompt_strings(prompt_text: str) -> Iterable[str]:
-    """The texts of a prompt: of each message where it is a JSON list of messages, else itself."""
-    messages = read_json(prompt_text.encode("utf-8", "replace")) if prompt_text.startswith("[") else _GARBAGE
-    if not isinstance(messages, list):
-        return [prompt_text]
-    return [prompt_text, *_strings(messages)]
-
-
-def _strings(value: object) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            if name not in ("role", "type"):
-                yield from _strings(each)
-
-
-def retry_after_s(profile: Profile, headers: Mapping[str, str], now: Callable[[], datetime]) -> float | None:
-    """Seconds to wait as the endpoint asks, from a number or an HTTP date; None where it does not say."""
-    for name in profile.retry_after_headers:
-        value = headers.get(name, "").strip()
-        if not value:
-            continue
-        seconds = _seconds(value, now)
-        if seconds is not None and math.isfinite(seconds) and seconds >= 0:
-            return seconds / 1000 if name.endswith("-ms") else seconds
-    return None
-
-
-def _seconds(value: str, now: Callable[[], datetime]) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
-        at = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):
-        return None
-    return max(0.0, ((at if at.tzinfo else at.replace(tzinfo=UTC)) - now()).total_seconds())
-
-
-_WAIT = re.compile(r" *(\d{1,6}(?:\.\d{1,6})?) ?(ms|milli|s|m|h)[a-z]*")
-_UNIT_S = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def told_wait_s(profile: Profile, error: object) -> float | None:
-    """Seconds to wait as an error's message has it: ``Please retry after 6 seconds.``, ``try again in 1m30s``."""
-    said = error.get("message") if isinstance(error, dict) else error
-    if not isinstance(said, str):
-        return None
-    text = said[:_MESSAGE_READ].lower()
-    for phrase in profile.retry_after_phrases:
-        at, seconds = text.find(phrase), 0.0
-        found = _WAIT.match(text, at + len(phrase)) if at >= 0 else None
-        while found:
-            seconds += float(found[1]) * _UNIT_S[found[2]]
-            found = _WAIT.match(text, found.end())
-        if seconds:
-            return seconds
-    return None
-
-
-class _Garbage:
-    """What is no JSON at all; not None, which is JSON's null."""
-
-
-_GARBAGE = _Garbage()
-
-
-def read_json(body: bytes) -> object:
-    """The JSON in ``body``, fractions as Decimal; an object that is no JSON value where it holds none. Never raises."""
-    try:
-        return json.loads(body, parse_float=Decimal, parse_constant=lambda _: None)
-    except (ValueError, ArithmeticError, RecursionError):
-        return _GARBAGE
-
-
-def pointer(document: object, path: str) -> Any:
-    """The value at an RFC 6901 JSON pointer; None where there is none."""
-    value = document
-    for part in path.split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, dict):
-            value = value.get(name)
-        elif isinstance(value, list) and name.isdecimal() and len(name) < 10 and int(name) < len(value):
-            value = value[int(name)]
-        else:
-            return None
-    return value
-
-
-def _error_of(document: object) -> object:
-    """The error that an answer holds: ``error`` or ``detail`` at its top, or ``error`` of its first choice."""
-    if not isinstance(document, dict):
-        return None
-    found = document.get("error")
-    if not found and not document.get("choices"):
-        names = ("detail", "OriginalMessage", "message", "Message")
-        found = next((document[name] for name in names if document.get(name)), None)
-    return found or pointer(document, "/choices/0/error") or None
-
-
-def _status_of(error: object) -> int | None:
-    """The HTTP status that an error inside an answer names as its code."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
-        code = int(code)
-    status = _whole(code)
-    return status if status is not None and 400 <= status < 600 else None
-
-
 def _usage(profile: Profile, document: object) -> dict[str, Any]:
     """The reported counts. What is missing, negative or not whole counts as not reported, as do cached tokens that
     exceed the input they are a part of.
     """
-    counted = _whole(pointer(document, profile.usage.input))
-    cached = _whole(pointer(document, profile.usage.cached))
-    output = _whole(pointer(document, profile.usage.output))
+    counted = whole(pointer(document, profile.usage.input))
+    cached = whole(pointer(document, profile.usage.cached))
+    output = whole(pointer(document, profile.usage.output))
     if cached is not None and (counted is None or cached > counted):
         cached = None
     reported = counted is not None or output is not None
@@ -450,18 +260,6 @@ def _usage(profile: Profile, document: object) -> dict[str, Any]:
         "output_tokens": output,
         "usage_source": "reported" if reported else None,
     }
-
-
-def _whole(value: object) -> int | None:
-    if (
-        isinstance(value, Decimal)
-        and value.is_finite()
-        and value.adjusted() < 19
-        and value == value.to_integral_value()
-    ):
-        value = int(value)
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT64_MAX
-    return value if good else None  # type: ignore[return-value]  # ``good`` says that it is an int
 
 
 def _cost(value: object) -> Decimal | None:

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from bidbeam import __version__
 from bidbeam.connectors.errors import BidbeamError
-from bidbeam.connectors.http_wire import provider_message, read_json
+from bidbeam.connectors.provider_text import provider_message
+from bidbeam.connectors.wire_json import read_json
 
 MOST_BYTES = 8 * 2**20
 

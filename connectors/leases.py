@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from bidbeam.connectors.errors import AlreadyExists, PoolDown, StoreError
-from bidbeam.connectors.http_wire import pointer
 from bidbeam.connectors.json_call import Answer, NoAnswer, call_json
 from bidbeam.connectors.lease_terms import LeaseTerms
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
+from bidbeam.connectors.wire_json import pointer
 
 DIRECTORY = "nodes"
 """Where in a run's journal its leases are written down."""

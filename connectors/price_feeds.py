@@ -234,7 +234,7 @@ def money_of(value: object) -> Decimal | None:
 
 
 def _figures(entry: object, pointers: _Pointers, power: int, model: str) -> tuple[dict[Meter, Decimal], str]:
-    from bidbeam.connectors.http_wire import pointer
+    from bidbeam.connectors.wire_json import pointer
 
     prices: dict[Meter, Decimal] = {}
     said = ""
@@ -257,7 +257,7 @@ def _figures(entry: object, pointers: _Pointers, power: int, model: str) -> tupl
 
 
 def _conditional(entry: object, shape: Shape) -> Iterator[object]:
-    from bidbeam.connectors.http_wire import pointer
+    from bidbeam.connectors.wire_json import pointer
 
     listed = pointer(entry, shape.conditional) if shape.conditional else None
     for each in listed if isinstance(listed, list) else ():
@@ -266,7 +266,7 @@ def _conditional(entry: object, shape: Shape) -> Iterator[object]:
 
 def _entry(document: object, model: str, served_by: str | None) -> object:
     """The feed's entry of a model; with ``served_by``, that of the one who serves it."""
-    from bidbeam.connectors.http_wire import pointer
+    from bidbeam.connectors.wire_json import pointer
 
     if served_by is not None:
         listed = pointer(document, "/data/endpoints")

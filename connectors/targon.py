@@ -11,8 +11,8 @@ from decimal import Decimal
 from typing import Any
 
 from bidbeam.connectors.errors import PoolDown
-from bidbeam.connectors.http_wire import pointer
 from bidbeam.connectors.json_call import NoAnswer, call_json
+from bidbeam.connectors.wire_json import pointer
 
 TARGON_URL = "https://api.targon.com"
 _PATH = "/tha/v2/inventory?gpu=true"

@@ -23,9 +23,10 @@ from bidbeam.connectors.doubles import NO_USAGE, OK, RESET, TRUNCATED, Behaviour
 from bidbeam.connectors.engine import RESULT_SCHEMA, Engine
 from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.http_engine import HttpEngine, list_models
-from bidbeam.connectors.http_wire import Outcome, SamplingError, provider_message, read_answer, read_sampling
+from bidbeam.connectors.http_wire import Outcome, SamplingError, read_answer, read_sampling
 from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
 from bidbeam.connectors.profiles import PROFILES, profile
+from bidbeam.connectors.provider_text import provider_message
 from bidbeam.connectors.secrets import looks_like_secret, mask, read_key
 
 KEY = "sk-Planted0123456789abcdef"

@@ -129,6 +129,8 @@ def _finish_s(context: RunContext, spec: PoolSpec, won: pa.Array, lots: pa.Table
     columns = LotColumns.of(here.append_column("longest_tokens", here.column("max_input_tokens")))
     usage = expected_usage(columns, state)
     seconds = (usage.uncached + usage.output) / speed_of(columns, state)
+    if spec.kind == "batch":
+        seconds = np.nan_to_num(seconds, nan=0.0)
     return None if np.isnan(seconds).any() else float(seconds.sum()) + state.turnaround_s
 
 

@@ -236,6 +236,9 @@ def test_the_auction_takes_the_cheap_batch_only_where_the_deadline_allows(
     assert {row["pool"] for row in found.rows("awards")} == {winner}
     reasons = {row["reject_reason"] for row in found.rows("bids") if row["pool"] == "slow"}
     assert reasons == ({None} if winner == "slow" else {"deadline"})
+    (started_at,) = (row["started_at"] for row in found.rows("runs"))
+    bids = [row for row in found.rows("bids") if row["pool"] == "slow" and row["eligible"]]
+    assert all(0 <= (row["finish_at"] - started_at).total_seconds() - 86_400 < 300 for row in bids)
 
 
 def test_what_an_expired_batch_did_not_run_is_bought_elsewhere(tmp_path: Path, upstream: EndpointDouble) -> None:

@@ -208,7 +208,11 @@ def by_lot(lots: LotColumns, pool: PoolState, otherwise: float, pick: Callable[[
 
 def speed_of(lots: LotColumns, pool: PoolState) -> Floats:
     """Tokens per second, (lots,): measured, or else declared; nan where neither."""
-    return by_lot(lots, pool, pool.tokens_per_second or np.nan, lambda known: known.tokens_per_second)
+    declared = pool.tokens_per_second or np.nan
+    if pool.spec.kind == "batch":
+        # What was measured of a batch is mostly its wait, which stands in the turnaround already.
+        return np.full(len(lots), declared)
+    return by_lot(lots, pool, declared, lambda known: known.tokens_per_second)
 
 
 def _engine_milliseconds(lots: LotColumns, tokens: Ints, pool: PoolState) -> Ints:
@@ -401,7 +405,8 @@ def _lateness_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: da
         return np.zeros(len(lots), dtype=np.int64)
     wait = (max(pool.available_from, now) - now).total_seconds()
     # However fast a pool is in all, a lot is not done before its requests are.
-    latency = by_lot(lots, pool, 0.0, lambda known: known.latency_p95_s)
+    waits = pool.spec.kind == "batch"
+    latency = np.zeros(len(lots)) if waits else by_lot(lots, pool, 0.0, lambda known: known.latency_p95_s)
     spread = by_lot(lots, pool, 0.0, lambda known: known.spread)
     duration = np.maximum(np.nan_to_num(seconds, nan=0.0), latency)
     left = (deadline - now).total_seconds() - wait
@@ -431,7 +436,12 @@ def _explore_ppm(lots: LotColumns, pools: Sequence[PoolState], at: int) -> Ints:
 
 
 def finish_times(pool: PoolState, now: datetime, seconds: Floats) -> pa.Array:
-    """When the pool would be done with this much work (UTC), null where its speed is unknown."""
+    """When the pool would be done with this much work (UTC), null where its speed is unknown.
+
+    A batch is done within its turnaround, whatever it holds, unless its pool declares a speed.
+    """
+    if pool.spec.kind == "batch":
+        seconds = np.nan_to_num(seconds, nan=0.0)
     start = max(now, pool.available_from)
     micros = np.where(np.isnan(seconds), 0, np.ceil(seconds * 1e6)).astype(np.int64) + int(
         (start.timestamp() + pool.turnaround_s) * 1_000_000

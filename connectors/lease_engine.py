@@ -60,7 +60,7 @@ class LeaseEngine:
         name = f"bidbeam-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}-{start}-{uuid.uuid4().hex[:8]}"
         record = LeaseRecord(name, spec.name, model, api.host, start, utc_now())
         self._closing = threading.Event()
-        self._lease = Lease(api, book, record, clock_ms=clock_ms, sleep=self._pause)
+        self._lease = Lease(api, book, record, clock_ms=clock_ms)
         self._lock = threading.Lock()
         self._inner: HttpEngine | None = None
         self._gone: str | None = None
@@ -170,10 +170,6 @@ class LeaseEngine:
         self._known.set()
         self._closing.set()
 
-    def _pause(self, seconds: float) -> None:
-        """Between tries to give the node back: not cut short by closing, which is what they are for."""
-        time.sleep(seconds)
-
     def _keep(self) -> None:
         try:
             self._lease.take(self._terms)
@@ -206,13 +202,13 @@ class LeaseEngine:
                     raise PoolDown(f"pool {pool}: node {record.node_id} ended before it served")
                 last = f"it is {node.state}"
                 if node.state == "ready" and node.public_ip is not None:
-                    last = "vLLM does not answer there"
+                    last = "vLLM there does not answer"
                     address = self._terms.address_of({"public_ip": node.public_ip, "node_id": node.node_id})
                     if call_json("GET", f"{address.removesuffix('/v1')}/health", timeout_s=_HEALTH_S).ok:
                         self._open(address)
                         return
             except NoAnswer as error:
-                last = str(error) if last.startswith("it") else last
+                last = f"{last.partition(':')[0]}: {error}"
             if self._now_ms() >= deadline:
                 raise PoolDown(
                     f"pool {pool}: node {record.node_id} did not serve within {self._terms.ready_within_s:g} s: {last}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -374,7 +375,8 @@ run_job(job, rehearse=False, beam_options=[], progress=NullProgress())
 
 
 def start_child(job_file: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", KILLED, str(job_file), DAY.isoformat()])
+    command = [sys.executable, "-c", KILLED, str(job_file), DAY.isoformat()]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("when", ["coming up", "serving"])
@@ -417,6 +419,28 @@ def test_the_next_start_gives_back_what_a_killed_one_rented_and_books_its_time(w
     left = [row for row in overhead if row["started_at"] <= datetime.fromisoformat(record.asked_at) + SLACK]
     assert left, "the killed start's node is in the ledger"
     assert sum(seconds(found).values()) > 0
+
+
+def test_a_signal_gives_nodes_back_and_books_them(tmp_path: Path) -> None:
+    """Ctrl-C while a node comes up: it is given back, paid for, and the next start does the rest."""
+    with EndpointDouble(["tiny"]) as node, RenderFront(never=True) as front:
+        path = write_job(tmp_path, prompts(6), [lease_pool(front, node)])
+        job = Job.from_yaml(path, run_date=DAY)
+        child = start_child(path)
+        patience = time.monotonic() + 60
+        while not [each for each in front.nodes.values() if each.looks > 1]:
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) != 0
+        assert front.alive == []
+        assert open_leases(job) == []
+        front.never = False
+        code, found = run(job)
+    assert code == 0
+    check_conserved(found, 6)
+    setups = [row for row in found.rows("charges") if row["meter"] == "setup"]
+    assert len(setups) == 2, "both starts' nodes are in the ledger"
 
 
 def test_an_exit_without_a_goodbye_gives_nodes_back(node: EndpointDouble, tmp_path: Path) -> None:

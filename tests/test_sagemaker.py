@@ -307,7 +307,7 @@ def test_an_address_that_nobody_answers_at_takes_the_pool_down_after_a_few(conta
     front.close()
     found = ask(spec(front), 6)
     assert {each["error_class"] for each in found} <= {"server", None}
-    assert "is down: cannot connect" in found[-1]["down"]
+    assert any("is down: cannot connect" in each.get("down", "") for each in found)
 
 
 def test_no_credentials_a_wrong_profile_or_a_clear_address_are_configuration_errors(
@@ -379,6 +379,6 @@ def test_a_run_buys_from_an_endpoint_and_names_each_prefix_group(container: Endp
     failed = [row for row in found.attempts if row["status"] == "failed"]
     assert sorted(row["error_class"] for row in failed) == ["capacity", "rate"]
     answered = [row for row in found.attempts if row["status"] == "ok"]
-    assert {served.request for served in container.served} == {row["attempt_id"] for row in answered}
+    assert {served.request for served in container.served} == {row["attempt_id"].hex for row in answered}
     assert {row["endpoint_host"] for row in found.attempts} == {front.host}
     assert SECRET_KEY not in json.dumps(found.manifest)

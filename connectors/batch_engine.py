@@ -78,8 +78,9 @@ class BatchEngine:
     """Implements ``Engine`` and ``Lasting`` for one model at one provider's batch API.
 
     ``journal`` is where the run's batches are written down; ``booked`` says which rows of one the run has settled
-    already (bool[n]). Batches of this pool and model that are still open are taken over: a request whose content is in
-    one is served from it. ``started_at`` of a result is when its batch was first intended.
+    already (bool[n]). Files of rows and answers pass through ``directory``, by default the system's place for such, and
+    are gone when it closes. Batches of this pool and model that are still open are taken over: a request whose content
+    is in one is served from it. ``started_at`` of a result is when its batch was first intended.
 
     The pool is down where the provider takes no batches from us as configured, or cannot be reached to create one. A
     batch that cannot be looked at for longer than ``patience`` comes back as ``cancelled`` without usage, to be booked
@@ -100,6 +101,7 @@ class BatchEngine:
         now: Callable[[], datetime] = _now,
         credentials: Credentials | None = None,
         storage: Mapping[str, Mapping[str, Any]] | None = None,
+        directory: Path | None = None,
     ) -> None:
         self._name, self._model, self._their_model = spec.name, model, spec.models[model]
         self._endpoint = endpoint(spec)
@@ -107,7 +109,9 @@ class BatchEngine:
         self._route = self._options.route
         self._journal, self._seed, self._now, self._storage = journal, seed, now, storage
         self._credentials = credentials or credentials_for(spec, self._endpoint.profile.auth, now=now)
-        self._directory = Path(tempfile.mkdtemp(prefix="bidbeam-batch-"))
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._directory = Path(tempfile.mkdtemp(prefix="sending-", dir=directory))
 
         # Touched by the shift's thread alone.
         self._gatherings: dict[bool, Gathering] = {}

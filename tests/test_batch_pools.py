@@ -136,6 +136,7 @@ def test_a_killed_run_s_batch_is_collected_and_not_sent_again(
     stray = {row["request_id"] for row in found.attempts} - set(found.outputs.column("request_id").to_pylist())
     assert stray == {"q0", "q1"}
     assert not list(found.run_dir.rglob("*.intent.arrow"))
+    assert not list(tmp_path.rglob("sending-*")), "prompts are left behind"
     ledger = str(tmp_path / "ledger")
     capsys.readouterr()
     assert invoke(["ledger", "verify", ledger]) == 0

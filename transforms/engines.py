@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from bidbeam.connectors import registry
@@ -159,6 +160,8 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
                 run_id=context.run_id,
                 seed=context.seed,
                 storage=context.storage,
+                # Prompts stay where the plan has spilled them, even if this process does not live to clear up.
+                directory=Path(context.scratch.url) if context.scratch.is_local else None,
                 booked=lambda intent: booked_rows(context, intent),
             )
         )

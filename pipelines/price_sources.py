@@ -138,7 +138,7 @@ def _text(node: Node, text: str) -> Node:
 
 def _check_feed(fields: Fields, source: PriceSource, profile: str | None) -> None:
     """Whether there is a feed that tells this price, before anybody waits for one."""
-    from bidbeam.connectors.live_prices import HOUR_FEEDS, feeds_for, has_live_price
+    from bidbeam.connectors.live_prices import HOUR_FEEDS, feeds_for, has_live_price, of_aws
 
     node = fields.get("feed")
     known = feeds_for(by_hour=source.by_hour)
@@ -154,3 +154,8 @@ def _check_feed(fields: Fields, source: PriceSource, profile: str | None) -> Non
         )
     if source.by_hour and source.machine is None and (source.feed or profile) in HOUR_FEEDS:
         fields.need("machine", "which machine: its name there, or its accelerator")
+    if not source.by_hour and of_aws(profile, source.feed):
+        fields.need("machine", "the endpoint's instance, such as ml.g5.xlarge")
+        if source.tokens_per_second is None:
+            problem = "an instance is paid by the hour, and nobody said how many tokens it serves in one"
+            raise fault(fields.node.entries["source"], problem, "capacity: {tokens_per_second: …}, as measured")

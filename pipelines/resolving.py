@@ -120,12 +120,17 @@ def _price(pool: PoolSpec, source: PriceSource, job: Job, now: datetime) -> Pric
 
 
 def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> PriceSchedule:
-    from bidbeam.connectors.live_prices import live_hour, live_token_prices
-    from bidbeam.pipelines.prices import hour_prices, schedule_of
+    from bidbeam.connectors.live_prices import live_hour, live_instance_hour, live_token_prices, of_aws
+    from bidbeam.pipelines.prices import by_throughput, hour_prices, schedule_of
 
     if source.by_hour:
         hour, told = live_hour(source.machine or "", url=source.url)
         return schedule_of(pool.name, hour_prices(hour), source.currency, told, fetched_at=now)
+    if source.tokens_per_second is not None and of_aws(pool.profile, source.feed):
+        hour, told = live_instance_hour(pool, source.machine or "", url=source.url)
+        told += f": {hour:f} an hour at {source.tokens_per_second.normalize():f} tokens a second"
+        served = by_throughput(hour, source.tokens_per_second)
+        return schedule_of(pool.name, served, source.currency, told, fetched_at=now)
     prices, told = live_token_prices(
         pool, feed=source.feed, url=source.url, served_by=source.served_by, currency=source.currency
     )

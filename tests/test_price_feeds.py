@@ -460,6 +460,56 @@ def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) ->
         assert "Targon offers no 'b200' now" in refusal(tmp_path, hour("b200"), models=models)
 
 
+def _listed(component: str, usd: str, unit: str = "Hrs") -> str:
+    dimension = {"unit": unit, "pricePerUnit": {"USD": usd}}
+    product = {"productFamily": "ML Instance", "attributes": {"instanceName": "ml.g5.xlarge", "component": component}}
+    return json.dumps({"product": product, "terms": {"OnDemand": {"a": {"priceDimensions": {"b": dimension}}}}})
+
+
+class PriceList(FrontServer):
+    """AWS's price list as its own client asks for it."""
+
+    def __init__(self, *listed: str, error: str | None = None) -> None:
+        super().__init__()
+        self.listed, self.error = listed, error
+
+    def answer(self, call: Call) -> Reply:
+        self.calls.append(call)
+        if self.error is not None:
+            return Reply(400, json.dumps({"__type": self.error, "message": "no"}).encode())
+        return Reply(body=json.dumps({"FormatVersion": "aws_v1", "PriceList": self.listed}).encode())
+
+
+def _sagemaker(url: str, **keys: Any) -> dict[str, Any]:
+    pool = remote("live", profile="sagemaker", capacity={"tokens_per_second": 1000}, **keys)
+    pool |= {"options": {"region": "eu-central-1", "endpoint": "e"}, "api_key_env": "FEED_TEST_KEY"}
+    return pool | {"price": {"source": "live", "machine": "ml.g5.xlarge", "url": url}}
+
+
+def test_an_instances_hour_comes_from_awss_price_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through boto3: the hour of hosting, not of training, and by measured throughput a token's price."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unremarkable")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "unremarkable")
+    with PriceList(_listed("Training", "9"), _listed("Hosting", "1.4400000000"), _listed("Hosting", "0")) as listed:
+        price = resolved(tmp_path, _sagemaker(listed.url)).price
+        asked = listed.calls[0].body
+    assert {each["Field"]: each["Value"] for each in asked["Filters"]} == {
+        "instanceName": "ml.g5.xlarge", "regionCode": "eu-central-1",
+    }  # fmt: skip
+    assert price.unit_prices == {
+        "uncached_input": Decimal("4e-7"), "cached_input": Decimal(0), "output": Decimal("4e-7"),
+    }  # fmt: skip
+    assert "ml.g5.xlarge hosting eu-central-1: 1.44 an hour at 1000 tokens a second" in price.source
+    with PriceList(_listed("Hosting", "1.44"), _listed("Hosting", "2")) as several:
+        assert "has 2 prices of hosting" in refusal(tmp_path, _sagemaker(several.url))
+    with PriceList(_listed("Training", "1.44")) as none:
+        assert "has no price of hosting on 'ml.g5.xlarge' in 'eu-central-1'" in refusal(tmp_path, _sagemaker(none.url))
+    with PriceList(error="AccessDeniedException") as denied:
+        assert "AccessDeniedException; may these credentials read it" in refusal(tmp_path, _sagemaker(denied.url))
+    with pytest.raises(ConfigError, match="how many tokens it serves"):
+        job_of(tmp_path, _sagemaker("http://127.0.0.1:9") | {"capacity": {}})
+
+
 _JSONS: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.decimals() | st.text(max_size=8),
     lambda inner: (

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import TYPE_CHECKING
 
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.fetch import FeedError
 from bidbeam.connectors.pools import Meter, PoolSpec
 from bidbeam.connectors.price_feeds import feed_names, fetch_prices, has_feed
+
+if TYPE_CHECKING:
+    from bidbeam.connectors.targon import Offer
 
 HOUR_FEEDS = ("targon",)
 """Feeds of machines by the hour, for pools that are paid so; ``price_feeds`` has those of tokens."""
@@ -58,11 +62,11 @@ def live_instance_hour(spec: PoolSpec, instance: str, *, url: str | None) -> tup
     return hour, told
 
 
-def live_hour(machine: str, *, url: str | None, gpus: int = 1) -> tuple[Decimal, str]:
-    """USD for an hour of ``gpus`` accelerators of a machine that Targon offers, and where that is from.
+def live_hour(machine: str, *, url: str | None, gpus: int) -> tuple[Decimal, str]:
+    """USD for an hour of a machine that Targon offers, and where that is from.
 
-    ``machine`` is the offer's name or its accelerator; of several that have it, the cheapest that is free counts.
-    Raises FeedError.
+    ``machine`` is an offer's name, and then the hour is that of the whole machine; or an accelerator, and then it is
+    that of ``gpus`` of them, where one costs least. Only what is free counts. Raises FeedError.
     """
     from bidbeam.connectors.fetch import bare, checked_host
     from bidbeam.connectors.targon import TARGON_URL, targon_offers
@@ -73,16 +77,24 @@ def live_hour(machine: str, *, url: str | None, gpus: int = 1) -> tuple[Decimal,
         offers = targon_offers(base)
     except PoolDown as error:
         raise FeedError(str(error)) from None
-    named = [each for each in offers if machine.casefold() in (each.name.casefold(), each.gpu_type.casefold())]
-    free = [each for each in named if each.available is None or each.available > 0]
+    wanted = machine.casefold()
+    named = [each for each in offers if each.name.casefold() == wanted]
+    like = named or [each for each in offers if each.gpu_type.casefold() == wanted]
+    free = [each for each in like if each.available is None or each.available > 0]
     if not free:
         known = ", ".join(sorted({each.name for each in offers})[:10])
         raise FeedError(
-            f"Targon offers no {machine!r} now" + ("; all are taken" if named else f"; it has {known or 'nothing'}")
+            f"Targon offers no {machine!r} now" + ("; all are taken" if like else f"; it has {known or 'nothing'}")
         )
-    best = min(free, key=lambda each: (each.price_per_hour / max(each.gpu_count, 1), each.name))
-    hour = _WIDE.divide(best.price_per_hour * gpus, Decimal(max(best.gpu_count, 1)))
-    hour = hour.quantize(Decimal("1e-12"), ROUND_HALF_EVEN, _WIDE)
+
+    def hour_of(offer: Offer) -> Decimal:
+        if named:
+            return offer.price_per_hour
+        share = _WIDE.divide(_WIDE.multiply(offer.price_per_hour, Decimal(gpus)), Decimal(max(offer.gpu_count, 1)))
+        return share.quantize(Decimal("1e-12"), ROUND_HALF_EVEN, _WIDE)
+
+    best = min(free, key=lambda each: (hour_of(each), each.name))
+    hour = hour_of(best)
     if hour > DEAREST_HOUR_USD:
         raise FeedError(f"an hour of {machine!r} comes to {hour.normalize():f} USD, which cannot be")
     return hour, f"targon {best.name} {bare(base)}"

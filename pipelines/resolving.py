@@ -6,6 +6,7 @@ From then on they stand: awards are made at them, and the ledger keeps them with
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -124,7 +125,8 @@ def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> PriceSchedule:
     from bidbeam.pipelines.prices import by_throughput, hour_prices, schedule_of
 
     if source.by_hour:
-        hour, told = live_hour(source.machine or "", url=source.url)
+        gpus = math.prod(_whole(pool.engine.get(f"{how}_parallel_size")) for how in ("tensor", "pipeline"))
+        hour, told = live_hour(source.machine or "", url=source.url, gpus=gpus)
         return schedule_of(pool.name, hour_prices(hour), source.currency, told, fetched_at=now)
     if source.tokens_per_second is not None and of_aws(pool.profile, source.feed):
         hour, told = live_instance_hour(pool, source.machine or "", url=source.url)
@@ -135,6 +137,11 @@ def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> PriceSchedule:
         pool, feed=source.feed, url=source.url, served_by=source.served_by, currency=source.currency
     )
     return schedule_of(pool.name, prices, source.currency, told, fetched_at=now)
+
+
+def _whole(value: object) -> int:
+    """An engine argument that counts accelerators; absent it is one."""
+    return value if isinstance(value, int) and value > 0 else 1
 
 
 def _from_file(pool: PoolSpec, source: PriceSource, job: Job) -> list[PriceSchedule]:

@@ -440,7 +440,7 @@ def test_a_published_list_prices_a_pool(tmp_path: Path) -> None:
 
 
 def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) -> None:
-    """The cheapest free machine of the kind, in dollars for one accelerator."""
+    """A machine by its name costs its whole hour; accelerators cost theirs where they are cheapest and free."""
     machines = [
         machine("h200-8x", "H200", 8, 17.6, 1),
         machine("h200-1x", "H200", 1, 2.5, 2),
@@ -456,6 +456,11 @@ def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) ->
         assert price.unit_prices["accelerator_second"] == per_second(Decimal("2.2"))
         assert price.by_time
         assert price.source == f"targon h200-8x {front.url}"
+        assert resolved(tmp_path, hour("h200-8x"), models=models).price.unit_prices["setup"] == per_second(
+            Decimal("17.6")
+        )
+        pair = hour("H200") | {"engine": {"tensor_parallel_size": 2}}
+        assert resolved(tmp_path, pair, models=models).price.unit_prices["setup"] == per_second(Decimal("4.4"))
         assert "all are taken" in refusal(tmp_path, hour("h200-2x"), models=models)
         assert "Targon offers no 'b200' now" in refusal(tmp_path, hour("b200"), models=models)
 

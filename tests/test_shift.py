@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from bidbeam.transforms import shift, stopping
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
+from bidbeam.transforms.retrying import TRIES
 from bidbeam.transforms.shift import Award, Shift, ShiftTask
 
 AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -45,6 +47,7 @@ class Scripted:
     ) -> None:
         self.window, self.outcome, self.dies_after, self.how, self.holds = window, outcome, dies_after, how, holds
         self.tags: list[int] = []
+        self.attempts: list[bytes] = []
         self.given_up: list[dict[str, Any]] = []
         self.waiting: list[dict[str, Any]] = []
         self.answered = 0
@@ -67,7 +70,8 @@ class Scripted:
             raise PoolDown("gone for good")
         self.waiting += requests.to_pylist()
         self.tags += requests.column("tag").to_pylist()
-        assert len(set(self.tags)) == len(self.tags), "a request was sent twice"
+        self.attempts += requests.column("attempt_id").to_pylist()
+        assert len(set(self.attempts)) == len(self.attempts), "an attempt was sent twice"
         self.wake()
 
     def poll(self) -> list[pa.RecordBatch]:
@@ -222,15 +226,52 @@ def test_without_a_runner_up_what_was_not_sent_keeps_its_first_attempt(tmp_path:
     assert all(lot["requests"] == len(lot["places"]) // 4 for lot in left)
 
 
-def test_a_failed_request_goes_to_the_next_round_unless_it_was_at_fault_itself(tmp_path: Path) -> None:
-    """A request that the pool refused is final; any other failure is tried again, one attempt further."""
+def test_a_failed_request_is_tried_again_and_goes_to_the_next_round_unless_it_was_at_fault_itself(
+    tmp_path: Path,
+) -> None:
+    """A request that the pool refused is final; any other failure is tried again in the round, as often as a round may,
+    and then goes on, one attempt further. What answered is asked once."""
     ends = {3: "caller", 5: "policy", 7: "server", 9: "bad_output", 11: "timeout", 13: "rate"}
     near = Scripted(outcome=lambda tag: {"status": "failed", "error_class": ends[tag]} if tag in ends else {})
     stage = Stage(tmp_path)
     rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
-    assert tags(rows, status="failed") == sorted(ends)
+    assert tags(rows, status="failed") == sorted([3, 5, *(TRIES * [7, 9, 11, 13])])
+    assert Counter(near.tags) == Counter({tag: TRIES if tag in {7, 9, 11, 13} else 1 for tag in range(24)})
     assert places(unserved) == [7, 9, 11, 13]
+    assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {TRIES + 1}
     assert sum((row["cost"] for row in rows.to_pylist() if row["status"] == "failed"), Decimal(0)) == 0
+
+
+def test_a_pool_that_fails_more_than_it_answers_is_not_asked_again_in_the_round(tmp_path: Path) -> None:
+    """Its failures go straight to the next round, or to the runner-up if that is at work."""
+    near = Scripted(outcome=lambda tag: {} if tag % 3 == 0 else {"status": "failed", "error_class": "server"})
+    far = Scripted()
+    stage = Stage(tmp_path / "alone")
+    _, unserved = stage.run(stage.task({"near": 1, "far": stage.plan.lots.num_rows - 1}), {"near": near, "far": far})
+    assert len(set(near.tags)) == len(near.tags)
+    assert places(unserved) == sorted(tag for tag in near.tags if tag % 3)
+    near, far = Scripted(outcome=lambda tag: {"status": "failed", "error_class": "server"}), Scripted()
+    stage = Stage(tmp_path / "with")
+    task = stage.task({"near": 1, "far": stage.plan.lots.num_rows - 1}, "far")
+    rows, unserved = stage.run(task, {"near": near, "far": far})
+    assert sorted(far.tags) == list(range(24)) == tags(rows, status="ok")
+    assert unserved.num_rows == 0
+
+
+def test_who_charged_for_something_unusable_is_not_asked_the_same_again(tmp_path: Path) -> None:
+    """A failure that was paid for goes to the next round; one that was not is tried again."""
+
+    def outcome(tag: int) -> dict[str, Any]:
+        paid = {"input_tokens": 10, "output_tokens": 2, "usage_source": "reported"}
+        return {"status": "failed", "error_class": "bad_output", **(paid if tag == 4 else {})} if tag in (4, 6) else {}
+
+    near, stage = Scripted(outcome=outcome), Stage(tmp_path)
+    _, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
+    assert Counter(near.tags)[4] == 1
+    assert Counter(near.tags)[6] == TRIES
+    assert places(unserved) == [4, 6]
+    assert len({lot["lot_id"] for lot in unserved.to_pylist()}) == 2
+    assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {2, TRIES + 1}
 
 
 def test_a_retried_bundle_skips_what_it_settled(tmp_path: Path) -> None:

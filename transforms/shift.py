@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +45,7 @@ from bidbeam.transforms.lots import LOT, part_of_lot
 from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.recount import recount_results
+from bidbeam.transforms.retrying import Retries, worst_case_of
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.spilling import SpillRef
@@ -101,6 +102,10 @@ class ShiftResult:
     unserved: pa.Table | None = None
 
 
+_LotTry = tuple[str, int]
+"""A lot's id and the number of the attempt at its requests."""
+
+
 @dataclass(slots=True)
 class _Left:
     """Requests of one lot that got no answer: their tags, the last reason, and the pools whose fault it was."""
@@ -143,8 +148,11 @@ class Shift:
         self._dispatches = 0
         self._try = 0
         self._writing: deque[Future[SegmentRef]] = deque()
-        self._failed: dict[str, _Left] = {}
-        self._unsent: dict[str, _Left] = {}
+        self._failed: dict[_LotTry, _Left] = {}
+        self._unsent: dict[_LotTry, _Left] = {}
+        self._retries = Retries()
+        self._retrying = Decimal(0)
+        self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._settled_tags = np.zeros(0, np.int64)
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
@@ -158,7 +166,7 @@ class Shift:
         with heartbeat.of(self._context, self._task.prefix, self._lanes.values) as beat, self._left_on_error():
             self._open_lanes()
             last_flush = time.monotonic()
-            while not all(lane.idle for lane in self._lanes.values()):
+            while not all(lane.idle for lane in self._lanes.values()) or (yield from self._try_again()):
                 # First: what is reserved may be gone before anything was sent, to an engine that was slow to load.
                 stop_at = self._check_walls(stop_at)
                 for lane in list(self._lanes.values()):
@@ -213,12 +221,11 @@ class Shift:
             self._flushes = self._number
             rows_lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
             tags.append(rows.filter(pc.invert(rows_lost)).column("tag").drop_null().to_numpy())
-            rows = rows.filter(pc.invert(rows_lost))
-            failed.append(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
+            failed.append(rows.filter(pc.invert(rows_lost)))
             yield ShiftResult(segment=segment_ref(self._context.journal, name))
         if tags:
             self._settled_tags = np.unique(np.concatenate(tags))
-            self._failed_before = pa.concat_tables(failed)
+            self._failed_before = _last_failures(pa.concat_tables(failed))
 
     def _open_lanes(self) -> None:
         for award in self._task.awards:
@@ -350,7 +357,7 @@ class Shift:
     def _keep_unsent(self, lot: Lot, tags: Tags, why: str, pool: str | None = None) -> None:
         tags = tags[~np.isin(tags, self._settled_tags)]
         if len(tags):
-            self._unsent.setdefault(lot["lot_id"], _Left(lot)).add(tags, why, pool)
+            self._unsent.setdefault((lot["lot_id"], lot["attempt_no"]), _Left(lot)).add(tags, why, pool)
 
     def _check_walls(self, stop_at: float | None) -> float | None:
         """Deadline, reserved money and time, interruption: who gets no more, and what is cancelled."""
@@ -393,6 +400,58 @@ class Shift:
                 lane.engine.cancel()
         self._hand_over(lane)
 
+    def _try_again(self) -> Iterator[ShiftResult]:
+        """Once all is done: gives what failed another try in this round, where one may be had; whether any was."""
+        yield from self._flush(final=False)
+        again = False
+        self._retrying = Decimal(0)
+        orders: dict[int, pa.Table] = {}
+        for (lot_id, number), left in list(self._failed.items()):
+            tags = np.unique(np.concatenate(left.tags))
+            lanes = {lane.pool: lane for lane in self._lanes_for(left.lot)}
+            # Of what an earlier try of this bundle has settled nobody here knows how often it was tried.
+            chosen = [None if settled else self._retries.next_pool(tag, list(lanes)) for tag, settled in zip(
+                tags.tolist(), np.isin(tags, self._settled_tags).tolist(), strict=True
+            )]  # fmt: skip
+            for pool, lane in lanes.items():
+                mine = tags[np.array([each == pool for each in chosen], bool)]
+                if not len(mine) or not self._affords(lane, left.lot, mine, orders):
+                    continue
+                tags = tags[~np.isin(tags, mine)]
+                chosen = [each for each in chosen if each != pool]
+                places = (mine & 0xFFFFFFFF).astype("<u4").tobytes()
+                lane.queue.append({**left.lot, "attempt_no": number + 1, "places": places, "runner_up": None})
+                again = True
+            left.tags = [tags]
+            if not len(tags):
+                del self._failed[lot_id, number]
+        return again
+
+    def _lanes_for(self, lot: Lot) -> Iterator[Lane]:
+        """The lanes that the market found good for a lot, its own first, as far as they take and answer requests."""
+        for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
+            lane = next(
+                (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open), None
+            )
+            # What is gathered for a batch takes hours to come back: that is for the next round to weigh.
+            if lane is not None and lane.failed <= lane.settled and not isinstance(lane.engine, Lasting):
+                yield lane
+
+    def _affords(self, lane: Lane, lot: Lot, tags: Tags, orders: dict[int, pa.Table]) -> bool:
+        """Whether what the round reserved and did not spend covers the worst case of asking these again."""
+        if self._task.reserved is None or lane.terms.price.by_time:
+            return True
+        if lot["range"] not in orders:
+            orders[lot["range"]] = read_order(self._context, lot["range"])
+        worst = worst_case_of(
+            orders[lot["range"]], tags & 0xFFFFFFFF, estimated=bool(lot["tokens_estimated"]), terms=lane.terms
+        )
+        bought = sum((each.cost for each in self._lanes.values() if not each.terms.price.by_time), Decimal(0))
+        if bought + self._retrying + worst > self._task.reserved:
+            return False
+        self._retrying += worst
+        return True
+
     def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
         parts, terms = [], {}
         for lane in self._lanes.values():
@@ -430,14 +489,22 @@ class Shift:
         lots, classes, pools = (
             rows.column(name).cast(pa.string()).to_pylist() for name in ("lot_id", "error_class", "pool")
         )
+        numbers = rows.column("attempt_no").to_pylist()
+        paid = pc.greater(rows.column("cost"), 0).to_pylist()
+        gone = pc.equal(rows.column("status").cast(pa.string()), "lost").to_pylist()
         stopped = {lane.pool: lane.stopped for lane in self._lanes.values() if lane.stopped}
-        for tag, lot_id, error, pool in zip(tags, lots, classes, pools, strict=True):
+        for tag, lot_id, number, error, pool, charged, lost in zip(
+            tags, lots, numbers, classes, pools, paid, gone, strict=True
+        ):
             if error in NO_SECOND_TRY:
                 continue
             # What we cancelled ourselves is no fault of the pool's.
             ours = error is None and pool in stopped
-            left = self._failed.setdefault(lot_id, _Left(self._lots[lot_id]))
+            if not ours:
+                self._retries.note(tag, pool, charged=charged, lost=lost)
+            left = self._failed.setdefault((lot_id, number), _Left({**self._lots[lot_id], "attempt_no": number}))
             left.add(np.array([tag]), stopped[pool] if ours else error or "server", None if ours else pool)
+            left.pools |= self._retries.pools(tag)
 
     # -- after ----------------------------------------------------------------------------------------------------
 
@@ -445,12 +512,14 @@ class Shift:
         """What goes to the next round, as lots: failed requests one attempt further, unsent ones where they were."""
         orders: dict[int, pa.Table] = {}
         rows = [self._remainder(left, orders, tried=True) for left in self._failed.values()]
-        for lot_id, left in self._unsent.items():
-            row = self._remainder(left, orders, tried=False)
-            if lot_id in self._failed:
-                # Two parts of one lot are two lots from here on.
-                row["lot_id"] = f"{lot_id}~{self._task.round + 1}"
-            rows.append(row)
+        rows += [self._remainder(left, orders, tried=False) for left in self._unsent.values()]
+        parts: Counter[str] = Counter()
+        for row in rows:
+            lot_id = row["lot_id"]
+            if parts[lot_id]:
+                # Parts of one lot are lots of their own from here on.
+                row["lot_id"] = f"{lot_id}~{self._task.round + 1}" + (f"-{parts[lot_id]}" if parts[lot_id] > 1 else "")
+            parts[lot_id] += 1
         return pa.Table.from_pylist(rows, schema=LOT)
 
     def _remainder(self, left: _Left, orders: dict[int, pa.Table], *, tried: bool) -> dict[str, Any]:
@@ -466,3 +535,15 @@ class Shift:
             "last_error": left.why,
             "failed_on": sorted({*(lot["failed_on"] or ()), *left.pools}),
         }
+
+
+def _last_failures(rows: pa.Table) -> pa.Table:
+    """The last attempts (SEGMENT rows, in the order they were settled) of requests that had no answer in the end."""
+    ok = pc.equal(rows.column("status").cast(pa.string()), "ok")
+    tags = rows.column("tag")
+    failed = rows.filter(
+        pc.and_(pc.invert(pc.is_in(tags, value_set=tags.filter(ok).combine_chunks())), pc.is_valid(tags))
+    )
+    # Backwards: the first of each tag is its last.
+    _, at = np.unique(failed.column("tag").to_numpy()[::-1], return_index=True)
+    return failed.take(pa.array(np.sort(failed.num_rows - 1 - at)))

@@ -1,0 +1,62 @@
+"""Retries within a round: what failed is asked again, where that may end better, once everything else is done.
+
+The round owns the only retry budget. In it a request gets at most ``TRIES`` attempts, on the pool that won its lot and
+on the runner-up in turns, as long as these take requests and answer most of them. A pool that charged for something
+unusable is not asked the same again in the round, and an attempt that was lost is not followed by another: it may have
+been served. What still has no answer goes to the next round's auction.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
+from bidbeam.transforms.settling import Terms, worst_case_cost
+
+TRIES = 4
+"""Attempts that a request gets in one round, at most."""
+
+
+class Retries:
+    """Which pools each request of a round has failed on, and how."""
+
+    def __init__(self) -> None:
+        self._failures: dict[int, list[tuple[str, bool]]] = {}
+        self._lost: set[int] = set()
+
+    def note(self, tag: int, pool: str, *, charged: bool, lost: bool) -> None:
+        """A request failed: whether that was charged, and whether its outcome is not known at all."""
+        self._failures.setdefault(tag, []).append((pool, charged))
+        if lost:
+            self._lost.add(tag)
+
+    def pools(self, tag: int) -> set[str]:
+        """The pools that a request has failed on in this round."""
+        return {pool for pool, _ in self._failures.get(tag, [])}
+
+    def next_pool(self, tag: int, pools: Sequence[str]) -> str | None:
+        """Which of ``pools`` is to be asked next: the one that was asked least, the first of equals; None for none."""
+        failures = self._failures.get(tag, [])
+        if not failures or len(failures) >= TRIES or tag in self._lost:
+            return None
+        asked = Counter(pool for pool, _ in failures)
+        spoilt = {pool for pool, charged in failures if charged}
+        return min((pool for pool in pools if pool not in spoilt), key=asked.__getitem__, default=None)
+
+
+def worst_case_of(order: pa.Table, places: np.ndarray[Any, Any], *, estimated: bool, terms: Terms) -> Decimal:
+    """USD that the requests in these places of an order (ORDER) may cost at most under ``terms``, priced by token."""
+    here = order.select(["input_tokens", "max_tokens", "n"]).take(pa.array(places))
+    tokens = here.column("input_tokens").cast(pa.int64())
+    if estimated:
+        tokens = pc.add(pc.multiply(tokens, WORST_ESTIMATE), WORST_TEMPLATE_TOKENS)
+    here = here.set_column(0, "input_tokens", tokens).combine_chunks()
+    return sum((sum_decimal(worst_case_cost(batch, terms)) for batch in here.to_batches()), Decimal(0))

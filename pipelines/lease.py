@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from bidbeam.connectors.errors import AlreadyExists, RunHeld, StoreError
+from bidbeam.connectors.processes import born
 from bidbeam.connectors.store import Store
 
 RENEW_S = 10.0
@@ -74,7 +75,7 @@ def _state(since: str | None = None) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # The token tells two takers apart that look the same otherwise: one process, one second.
     state = {
-        "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "born": _born(os.getpid()),
+        "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "born": born(os.getpid()),
         "since": since or now, "renewed": now, "token": uuid.uuid4().hex,
     }  # fmt: skip
     return json.dumps(state).encode()
@@ -91,18 +92,9 @@ def _read(journal: Store, name: str) -> dict[str, str] | None:
 def _alive(holder: dict[str, str]) -> bool:
     if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
         # On this very machine there is no need to wait for a lease to run out.
-        return _born(int(holder["pid"])) == holder.get("born") if Path("/proc/self").exists() else True
+        return born(int(holder["pid"])) == holder.get("born") if Path("/proc/self").exists() else True
     renewed = datetime.fromisoformat(str(holder["renewed"]))
     return datetime.now(UTC) - renewed < EXPIRY
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since boot: pids come again. None where it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in {"Z", "X"} else fields[19]
 
 
 def _boot() -> str:

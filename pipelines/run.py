@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from bidbeam.connectors.errors import BidbeamError, Interrupted, UsageError
+from bidbeam.connectors.processes import workers_end_with_us
 from bidbeam.pipelines.begin import Begun, begin
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress, Progress
@@ -95,7 +96,9 @@ def _pipeline(begun: Begun, beam_options: list[str]) -> None:
     except SystemExit as error:
         raise UsageError(f"Beam does not take these options: {' '.join(beam_options)}") from error
     build(pipeline, begun.context, begun.plan.splits, begun.record)
-    pipeline.run().wait_until_finish()
+    apart = _in_other_processes(beam_options) and not _names_runner(beam_options)
+    with workers_end_with_us() if apart else contextlib.nullcontext():
+        pipeline.run().wait_until_finish()
 
 
 def local_options(begun: Begun, given: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@
 
 What becomes of a request is drawn from the seed, the prompt and how often that prompt has come, so the same run meets
 the same failures whatever order its requests come in. ``python -m bidbeam.connectors.chaos --help`` serves it from a
-process of its own; the books are then at ``/books``, as JSON.
+process of its own; the books are then at ``/books``, as JSON, and at ``/count`` how many requests have come.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -204,6 +205,8 @@ class ChaosDouble(EndpointDouble):
         self._drawn: dict[int, _Drawn] = {}
         self._entries: list[Entry] = []
         self.dead = threading.Event()
+        self._sending = threading.Condition()
+        self._under_way = 0
         super().__init__(models, port=port, **double)
 
     def books(self) -> Books:
@@ -215,7 +218,10 @@ class ChaosDouble(EndpointDouble):
         """Takes no more connections and drops those it has."""
         if self.dead.is_set() or self._stopping.is_set():
             return
-        self.dead.set()
+        with self._sending:
+            self.dead.set()
+            # What is booked goes out whole; what is not is dropped.
+            self._sending.wait_for(lambda: not self._under_way, timeout=1)
         self._stop_listening()
         if self._revives_after_s is not None:
             timer = threading.Timer(self._revives_after_s, self.revive)
@@ -233,6 +239,8 @@ class ChaosDouble(EndpointDouble):
     def _page(self, path: str) -> Reply:
         if path == "/books":
             return Reply(body=json.dumps(self.books().to_json()).encode())
+        if path == "/count":
+            return Reply(body=str(len(self.requests)).encode())
         return super()._page(path)
 
     def _scripted(self, seen: Seen) -> Reply:
@@ -293,20 +301,19 @@ class ChaosDouble(EndpointDouble):
         drawn.tokens = served
         return document, served
 
-    def _book(self, seen: Seen, reply: Reply, served: Served | None, awaited: bool) -> None:
-        super()._book(seen, reply, served if awaited else None, awaited)
-        if self._stopping.is_set() and not awaited:
-            return
+    def _hold(self, seconds: float, connection: socket.socket) -> bool:
+        return super()._hold(seconds, connection) and not self.dead.is_set()
+
+    def _book(self, seen: Seen, reply: Reply, served: Served | None, awaited: bool) -> bool:
+        with self._sending:
+            awaited = super()._book(seen, reply, served if awaited else None, awaited and not self.dead.is_set())
+            self._under_way += awaited
         drawn = self._drawn.pop(seen.number, _Drawn(None))
         whole = awaited and reply.cut is None and reply.times == 1
-        outcome = "dropped" if not whole else "served" if 200 <= reply.status < 300 and served else "failed"
+        outcome = "dropped" if not whole else "served" if reply.status == 200 and served else "failed"
         entry = Entry(
-            seen.number,
-            seen.headers.get("x-request-id", ""),
-            _digest(seen.prompt),
-            drawn.kind,
-            outcome,
-        )
+            seen.number, seen.headers.get("x-request-id", ""), _digest(seen.prompt), drawn.kind, outcome
+        )  # fmt: skip
         if outcome == "served" and drawn.tokens is not None:
             tokens = drawn.tokens
             entry = replace(
@@ -320,6 +327,12 @@ class ChaosDouble(EndpointDouble):
             entry = replace(entry, cost=self._bill(entry))
         with self._lock:
             self._entries.append(entry)
+        return awaited
+
+    def _sent(self) -> None:
+        with self._sending:
+            self._under_way -= 1
+            self._sending.notify_all()
 
     def _bill(self, entry: Entry) -> Decimal:
         zero = Decimal(0)

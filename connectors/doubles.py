@@ -223,11 +223,15 @@ class EndpointDouble:
                 return False
         return not self._stopping.is_set()
 
-    def _book(self, seen: Seen, reply: Reply, served: Served | None, awaited: bool) -> None:  # noqa: ARG002
-        """Books what goes out. ``awaited``: whether the client is still there, and so are we. To be extended."""
+    def _book(self, seen: Seen, reply: Reply, served: Served | None, awaited: bool) -> bool:  # noqa: ARG002
+        """Books what goes out. ``awaited``: whether the client is still there, and so are we. Gives whether to send."""
         if served is not None and not self._stopping.is_set():
             with self._lock:
                 self.served.append(served)
+        return awaited
+
+    def _sent(self) -> None:
+        """What was booked went out, or did not, where nobody took it."""
 
     def _enter(self, path: str, headers: Mapping[str, str], raw: bytes, connection: int) -> Seen:
         try:
@@ -371,13 +375,16 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             reply, served = double._reply(seen)
             awaited = double._hold(reply.delay_s, self.connection) if reply.delay_s else True
-            double._book(seen, reply, served, awaited)
+            go = double._book(seen, reply, served, awaited)
         finally:
             double._leave()
-        if awaited:
-            self._send(reply)
-        else:
+        if not go:
             self.close_connection = True
+            return
+        try:
+            self._send(reply)
+        finally:
+            double._sent()
 
     def _send(self, reply: Reply) -> None:
         if reply.cut == "reset":

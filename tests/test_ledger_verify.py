@@ -35,14 +35,13 @@ TAO = {"rate": "401.123456789", "at": "2026-01-01T00:00:00Z", "source": "by hand
 
 
 def rows() -> pa.Table:
-    """60 requests of two tenants, a duplicate, a poison row and a repeated id."""
-    table = prompts(60).append_column("customer", pa.array([("acme", "bolt")[n % 2] for n in range(60)]))
-    more = {
-        "id": ["twin", "poison", "q0"],
-        "prompt": [table["prompt"][0].as_py(), "", "again"],
-        "customer": ["acme"] * 3,
-    }
-    return pa.concat_tables([table, pa.table(more)])
+    """60 requests of two tenants, a third of them for one pool alone, a duplicate, a poison row and a repeated id."""
+    table = prompts(60)
+    asked = ['{"operators":["community"]}', '{"operators":["cloud"]}', '{"operators":["cloud"]}']
+    for name, values in (("customer", ["acme", "bolt"]), ("placement", asked)):
+        table = table.append_column(name, pa.array([values[n % len(values)] for n in range(60)]))
+    more = {"id": ["twin", "poison", "q0"], "prompt": [table["prompt"][0].as_py(), "", "again"]}
+    return pa.concat_tables([table, pa.table(more | {"customer": ["acme"] * 3, "placement": [asked[0]] * 3})])
 
 
 def home_of(home: Path, table: pa.Table, pools: Sequence[Any], **keys: Any) -> Path:
@@ -295,8 +294,8 @@ def test_outputs_are_held_to_the_ledger(sound: Path, tmp_path: Path) -> None:
 def test_time_on_an_engine_of_ours_is_verified(tmp_path: Path) -> None:
     """Seconds, idle ones and those of setup add up too, in the rehearsals' own ledger."""
     pools = [
-        by_the_hour("own", capacity={"tokens_per_second": 20_000}),
-        remote("near", price={"input": "0.3", "output": "2"}),
+        by_the_hour("own", placement={"operator": "cloud"}),
+        remote("near", price={"input": "0.3", "output": "2"}, placement={"operator": "community"}),
     ]
     job = Job.from_yaml(write_job(tmp_path, rows(), pools, models={"tiny": {"source": tiny_model()}}), run_date=DAY)
     run_job(job, rehearse=True, beam_options=[], progress=NullProgress())

@@ -28,8 +28,8 @@ import pyarrow as pa
 from bidbeam.connectors.batch_answers import UNKNOWN, UNSENT, read_answers
 from bidbeam.connectors.batch_client import BatchClient, OpenAIBatchClient, Wire
 from bidbeam.connectors.batch_courier import Courier, GivenUpError, LostError, RefusedError
+from bidbeam.connectors.batch_intake import Intake
 from bidbeam.connectors.batch_journal import INTENT_ROWS, BatchJournal, Intent
-from bidbeam.connectors.batch_lines import custom_id, request_line
 from bidbeam.connectors.batch_options import BatchOptions, read_options
 from bidbeam.connectors.batch_rows import NOBODY, Batch, Gathering, new_intent
 from bidbeam.connectors.batch_vertex import VertexBatchClient
@@ -37,7 +37,7 @@ from bidbeam.connectors.credentials import Credentials, credentials_for
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.http_transport import CONNECT_S, LOOP, endpoint, failure, open_session
-from bidbeam.connectors.http_wire import Outcome, SamplingError, read_sampling, request_body
+from bidbeam.connectors.http_wire import Outcome
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
 
@@ -46,8 +46,6 @@ MOST_ROWS = 1_000_000
 _BURST = 4_096
 """Requests that it takes between two polls."""
 _CHUNK = 2_048
-_LINE_MORE = 256
-"""Bytes of a row beside its body, at most."""
 _CLOSE_S = 12.0
 _TIDY_S = 3.0
 _CONNECTIONS = 8
@@ -106,21 +104,19 @@ class BatchEngine:
         self._name, self._model, self._their_model = spec.name, model, spec.models[model]
         self._endpoint = endpoint(spec)
         self._options: BatchOptions = read_options(spec.options, spec.name, self._endpoint.profile.name)
-        self._route = self._options.route
-        self._journal, self._seed, self._now, self._storage = journal, seed, now, storage
+        self._journal, self._now, self._storage = journal, now, storage
         self._credentials = credentials or credentials_for(spec, self._endpoint.profile.auth, now=now)
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="sending-", dir=directory))
 
         # Touched by the shift's thread alone.
-        self._gatherings: dict[bool, Gathering] = {}
-        self._claimable: dict[bytes, list[tuple[Batch, int]]] = {}
+        self._intake = Intake(
+            self._endpoint.profile, self._their_model, self._options, seed, self._directory, self._send_off
+        )
         self._told_all = False
         self._burst = 0
         self._closed = False
-        # Held while requests are matched with batches that were taken over, and while one of those begins to be read.
-        self._claims = threading.Lock()
         # Shared between the threads.
         self._lock = threading.Lock()
         self._wake: Callable[[], None] = lambda: None
@@ -165,7 +161,7 @@ class BatchEngine:
         )
         if self._options.staging is not None:
             return VertexBatchClient(wire, self._their_model, Store.at(self._options.staging, self._storage))
-        return OpenAIBatchClient(wire, route=self._route, poll_s=self._options.poll_s)
+        return OpenAIBatchClient(wire, route=self._options.route, poll_s=self._options.poll_s)
 
     def _adopt(self, booked: Callable[[Intent], npt.NDArray[np.bool_]]) -> None:
         """Takes over the batches of this pool and model that the run has open."""
@@ -177,10 +173,9 @@ class BatchEngine:
                 # Never asked for, or collected and settled to the last row.
                 self._journal.drop(intent.name)
                 continue
-            batch = Batch(intent, self._new_gathering(intent.chat), adopted=True, booked=done)
+            batch = Batch(intent, self._intake.new_file(intent.chat), adopted=True, booked=done)
             self._unasked += batch.unasked
-            for key, row in batch.claimable():
-                self._claimable.setdefault(key, []).append((batch, row))
+            self._intake.adopt(batch)
             self._loop.call_soon_threadsafe(self._begin, batch)
 
     # The shift's side.
@@ -211,14 +206,16 @@ class BatchEngine:
             raise PoolDown(self._down)
         with self._lock:
             self._asked += requests.num_rows
-        with self._claims:
-            self._hand(self._take(requests))
+        at = self._now()
+        claimed, refused = self._intake.take(requests)
+        with self._lock:
+            self._unasked -= claimed
+        self._hand([_Settled(tag, at, at, outcome) for tag, outcome in refused])
         self._burst += requests.num_rows
         self._wake()  # so that the caller comes back at once with more
 
     def gathered(self) -> None:
-        for chat in list(self._gatherings):
-            self._send_off(chat)
+        self._intake.send_all()
         if not self._told_all:
             self._told_all = True
             self._loop.call_soon_threadsafe(self._all_asked.set)
@@ -263,10 +260,7 @@ class BatchEngine:
 
     def cancel(self) -> None:
         at = self._now()
-        for gathering in self._gatherings.values():
-            self._hand([_Settled(tag, at, at, UNSENT) for tag in gathering.tags])
-            gathering.discard()
-        self._gatherings.clear()
+        self._hand([_Settled(tag, at, at, UNSENT) for tag in self._intake.drop_all()])
         self.gathered()
         self._loop.call_soon_threadsafe(self._give_up)
 
@@ -285,83 +279,7 @@ class BatchEngine:
             LOOP.run(self._shut(), _CLOSE_S)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    # Gathering, on the shift's thread.
-
-    def _take(self, requests: pa.RecordBatch) -> list[_Settled]:
-        """Finds each request its batch; gives back those that cannot be in one."""
-        at = self._now()
-        refused: list[_Settled] = []
-        touched: dict[int, Gathering] = {}
-        wanted = ("tag", "max_tokens", "sampling", "cache_salt", "messages", "prompt", "key")
-        for index, row in enumerate(requests.select(wanted).to_pylist()):
-            body, chat = self._body(row), row["messages"] is not None
-            if isinstance(body, bytes) and len(body) + _LINE_MORE > self._options.max_bytes:
-                body = failure("capacity", "the request is larger than one file may be")
-            if isinstance(body, Outcome):
-                refused.append(_Settled(row["tag"], at, at, body))
-                continue
-            target = self._claim(row["key"])
-            if target is None:
-                target = self._room_for(chat, len(body) + _LINE_MORE, requests)
-            name = custom_id(row["key"], self._seed, target.occurrence(row["key"]))
-            route = f"{self._route}/{'chat/completions' if chat else 'completions'}"
-            target.add(index, row["tag"], row["key"], name, request_line(name, route, body))
-            touched[id(target)] = target
-        for gathering in touched.values():
-            gathering.absorb(requests)
-        return refused
-
-    def _body(self, row: dict[str, Any]) -> bytes | Outcome:
-        messages, prompt = row["messages"], row["prompt"]
-        if messages is None and prompt is None:
-            return failure("caller", "the request holds neither messages nor a prompt")
-        profile = self._endpoint.profile
-        if messages is None and not profile.takes_raw:
-            return failure("capacity", f"profile {profile.name} takes chats only, no raw prompts")
-        try:
-            sampling = read_sampling(row["sampling"], profile.max_tokens_field, frozenset(profile.body))
-        except SamplingError as error:
-            return failure("caller", str(error))
-        return request_body(
-            profile,
-            self._their_model,
-            messages=messages,
-            prompt=prompt,
-            sampling=sampling,
-            max_tokens=row["max_tokens"],
-            cache_salt=row["cache_salt"],
-        )
-
-    def _claim(self, key: bytes) -> Gathering | None:
-        """Where to put a request that a batch taken over answers; None where none does."""
-        waiting = self._claimable.get(key)
-        while waiting:
-            batch, row = waiting.pop(0)
-            if not batch.collecting:
-                batch.place[row] = len(batch.asked)
-                with self._lock:
-                    self._unasked -= 1
-                return batch.asked
-        return None
-
-    def _room_for(self, chat: bool, size: int, requests: pa.RecordBatch) -> Gathering:
-        """The file that has room for one more row; one that is full is sent off."""
-        gathering = self._gatherings.get(chat)
-        full = gathering is not None and (
-            len(gathering) >= self._options.max_rows or gathering.size + size > self._options.max_bytes
-        )
-        if gathering is not None and full:
-            gathering.absorb(requests)
-            self._send_off(chat)
-        if chat not in self._gatherings:
-            self._gatherings[chat] = self._new_gathering(chat)
-        return self._gatherings[chat]
-
-    def _new_gathering(self, chat: bool) -> Gathering:
-        return Gathering(self._directory / f"{tokens.token_hex(6)}.jsonl", chat)
-
-    def _send_off(self, chat: bool) -> None:
-        gathering = self._gatherings.pop(chat)
+    def _send_off(self, gathering: Gathering) -> None:
         self._loop.call_soon_threadsafe(self._begin, self._batch_of(gathering))
 
     def _batch_of(self, gathering: Gathering) -> Batch:
@@ -420,7 +338,7 @@ class BatchEngine:
     async def _void(self, batch: Batch) -> None:
         """What never came to be is sent as if it were new, as far as somebody asks for it."""
         await self._all_asked.wait()
-        unasked = await asyncio.to_thread(self._last_call, batch)
+        unasked = await asyncio.to_thread(self._intake.last_call, batch)
         await asyncio.to_thread(self._journal.drop, batch.intent.name)
         with self._lock:
             self._unasked -= unasked
@@ -430,19 +348,13 @@ class BatchEngine:
         else:
             batch.asked.discard()
 
-    def _last_call(self, batch: Batch) -> int:
-        """From here on nobody can ask for a row of this batch; gives how many nobody has."""
-        with self._claims:
-            batch.collecting = True
-            return batch.unasked
-
     async def _collect(
         self, batch: Batch, outcomes: Iterable[tuple[int, Outcome]], files: tuple[str, ...] = ()
     ) -> None:
         """Hands out what became of a batch's rows: to who asked for them, the others as strays."""
         if batch.adopted:
             await self._all_asked.wait()
-            await asyncio.to_thread(self._last_call, batch)
+            await asyncio.to_thread(self._intake.last_call, batch)
         await asyncio.to_thread(self._hand_out, batch, outcomes, files)
 
     def _hand_out(self, batch: Batch, outcomes: Iterable[tuple[int, Outcome]], files: tuple[str, ...]) -> None:

@@ -269,13 +269,18 @@ def _speed(ledger: duckdb.DuckDBPyConnection, runs: Sequence[Row]) -> Section:
             True,
             lambda r: Cell(
                 seconds_cell(r["latency_us"][2]).text,
-                plot=spread(*map(float, r["latency_us"]), whole, colours[str(r["pool"])]),
+                plot=_latencies(r, whole, colours[str(r["pool"])]),
             ),
         ),
     ]
     note = f"Of run {run['run_id']}: from handing a request to the engine to its last token. The bar reaches from the median to the 95th percentile, the line to the slowest."  # noqa: E501
     table = table_of("Latency and throughput by pool", found, columns)
     return Section("speed", "Speed", note, (table,), _timeline(ledger, run, colours))
+
+
+def _latencies(row: Row, whole: float, colour: int) -> Markup:
+    median, high, most = row["latency_us"]
+    return spread(float(median), float(high), float(most), whole, colour)
 
 
 def _timeline(ledger: duckdb.DuckDBPyConnection, run: Row, colours: Mapping[str, int]) -> Chart | None:

@@ -128,6 +128,7 @@ class LeaseRecord:
     """Where it was asked for."""
     start: int
     asked_at: str
+    """Or since when its time is not in the journal."""
     node_id: str | None = None
     released_at: str | None = None
 
@@ -221,9 +222,15 @@ class Lease:
         return self.problem is None
 
     def settled(self) -> None:
-        """The journal has all of its time: nothing of it needs to be remembered, unless it may still run."""
-        if self.ended_ms is not None and self.problem is None:
+        """The journal has all of its time so far. What may still run is remembered from now on, the rest forgotten."""
+        if self.ended_ms is None:
+            return
+        if self.problem is None:
             self._strike()
+        else:
+            self.record = replace(self.record, asked_at=utc_now())
+            with contextlib.suppress(StoreError, OSError):
+                self._book.note(self.record)
 
     def _strike(self) -> None:
         with contextlib.suppress(StoreError, OSError):

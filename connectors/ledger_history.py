@@ -46,6 +46,9 @@ class Deeds:
     failed: int = 0
     """By the pool's fault. Refusals for want of room are ``refused``; the caller's faults are neither."""
     refused: int = 0
+    retried: int = 0
+    retried_here: int = 0
+    """Answers to requests that had failed here, and those of them that it gave itself in the end."""
     minutes: int = 0
     minutes_up: int = 0
     """Minutes with enough attempts to tell, and those in which most of them succeeded."""
@@ -167,7 +170,7 @@ def _deeds(connection: duckdb.DuckDBPyConnection, same_job: frozenset[str], mode
     connection.execute("SET VARIABLE history_models = $1::VARCHAR[]", [list(models)])
     connection.execute(statements["tried"])
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for name in ("outcomes", "minutes", "usage", "times", "money"):
+    for name in ("outcomes", "minutes", "usage", "times", "money", "retried"):
         for row in _rows(connection, statements[name]):
             rows.setdefault(_key(row), {}).update({k: v for k, v in row.items() if v is not None})
     for name in ("latencies", "lengths"):

@@ -4,7 +4,7 @@
 -- name: tried
 CREATE OR REPLACE TEMP VIEW tried AS
 SELECT
-    run_id, split_part(lot_id, '-', 1) AS start, round, lot_id, attempt_id, pool, model, kind, status,
+    run_id, request_id, split_part(lot_id, '-', 1) AS start, round, lot_id, attempt_id, pool, model, kind, status,
     epoch_us(started_at) AS started_us, epoch_us(finished_at) AS finished_us,
     status = 'ok' AS ok,
     status = 'failed' AND coalesce(error_class, '') IN ('rate', 'capacity') AS refused,
@@ -95,6 +95,14 @@ SELECT
 FROM charges
 JOIN tried ON tried.attempt_id = charges.attempt_id
 GROUP BY tried.run_id, tried.pool, tried.model;
+
+-- name: retried
+SELECT
+    lost.run_id, lost.pool, lost.model, count(*) AS retried, count(*) FILTER (tried.pool = lost.pool) AS retried_here
+FROM (SELECT DISTINCT run_id, request_id, pool, model FROM tried WHERE failed AND request_id IS NOT NULL) AS lost
+JOIN tried ON tried.run_id = lost.run_id AND tried.request_id = lost.request_id
+WHERE tried.ok
+GROUP BY lost.run_id, lost.pool, lost.model;
 
 -- name: latencies
 SELECT

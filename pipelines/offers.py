@@ -33,10 +33,11 @@ def offers(context: RunContext, decision: Decision) -> tuple[QuotePool, ...]:
 
 
 def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]:
-    """Pool -> what its awards are expected to cost in the end (USD): the price paid, and its failures' second tries.
+    """Pool -> what its awards are expected to cost in the end (USD): the bill, and its failures' second tries.
 
-    A try that fails costs what such tries have cost, and the request is then bought from the runner-up. An engine
-    paid by time also loads and idles, as long as it did in earlier runs.
+    A try that fails costs what such tries have cost, and the request is then bought again: from the same pool as often
+    as that came to an answer before, else from the runner-up. An engine paid by time also loads and idles, as long as
+    it did in earlier runs.
     """
     awards, bids = decision.tables["awards"], decision.tables["bids"]
     asked = _by_lot_and_pool(bids, "expected_cost")
@@ -44,10 +45,13 @@ def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]
     models = dict(zip(_texts(lots, "lot_id"), _texts(lots, "model"), strict=True))
     found: dict[str, Decimal] = {}
     columns = (_texts(awards, "lot_id"), _texts(awards, "pool"), _texts(awards, "runner_up"))
-    for lot, pool, second, paid in zip(*columns, awards.column("price_paid").to_pylist(), strict=True):
+    for lot, pool, second in zip(*columns, strict=True):
+        # Not the price paid: what a payment rule adds to it is a transfer inside the house, and no charge.
+        paid = asked[lot, pool]
         known = context.known.get((pool, models[lot]), Reputation())
-        fails, charged = (Decimal(round(share * _PPM)) / _PPM for share in (known.seen_failure_rate, known.failed_cost))
-        again = asked.get((lot, second), paid)
+        shares = (known.seen_failure_rate, known.failed_cost, known.retried_here)
+        fails, charged, here = (Decimal(round(share * _PPM)) / _PPM for share in shares)
+        again = here * paid + (1 - here) * asked.get((lot, second), paid)
         found[pool] = found.get(pool, Decimal(0)) + paid * (1 - fails + fails * charged) + fails * again
     for spec in context.pools:
         if spec.name in found:
@@ -67,16 +71,21 @@ def _overhead_cost(context: RunContext, spec: PoolSpec) -> Decimal:
 def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal:
     """The most that all rounds can cost (USD): each request may fail, at its full price, in every round but the last.
 
-    Whoever serves a lot later asks at most the dearest of the lot's worst cases. Engines paid by time may load and
+    In a round it may be charged once by the pool that won it and once by the runner-up, where there is one; whoever
+    serves it asks at most the dearest of the lot's worst cases. Engines paid by time may load and
     idle for as long as a budget lets them; without a budget nothing bounds their time. A budget bounds it all.
     """
     from bidbeam.transforms.bid import held_s
 
     awards, bids = decision.tables["awards"], decision.tables["bids"]
     total = sum_decimal(awards.column("reserved"))
-    if rounds > 1 and bids.num_rows:
-        dearest = bids.select(["lot_id", "worst_case_cost"]).group_by("lot_id").aggregate([("worst_case_cost", "max")])
-        total += (rounds - 1) * sum_decimal(dearest.column("worst_case_cost_max").drop_null())
+    if bids.num_rows:
+        worst = bids.select(["lot_id", "worst_case_cost"]).group_by("lot_id")
+        worst = worst.aggregate([("worst_case_cost", "max"), ("worst_case_cost", "count")])
+        dearest = worst.column("worst_case_cost_max").combine_chunks()
+        several = pc.greater(worst.column("worst_case_cost_count"), 1).combine_chunks()
+        total += (rounds - 1) * sum_decimal(dearest.drop_null())
+        total += rounds * sum_decimal(dearest.filter(several))
     for spec in context.pools:
         if spec.price.by_time:
             rate = context.fx_rates.get(spec.price.currency, Decimal(1))

@@ -46,9 +46,9 @@ def test_a_quote_is_what_the_prices_say(tmp_path: Path) -> None:
     assert quote.expected_cost == (110 * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
     # At worst every byte is a token, and the template adds 64 to each request.
     assert quote.reserved_cost == ((110 * 4 + 640) * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
-    # All of that may fail, at that price, and be bought again in the second round from the dearer pool.
+    # All of that may fail, at that price, on both pools and in both rounds: three times more, on the dearer one.
     again = ((110 * 4 + 640) * 1 + 80 * 2) * per_token
-    assert quote.worst_case_cost == quote.reserved_cost + again
+    assert quote.worst_case_cost == min(quote.reserved_cost + 3 * again, Decimal("1.00"))
     assert quote.baseline_cost == (110 * 1 + 80 * 2) * per_token
     assert [(pool.pool, pool.lots, pool.requests) for pool in quote.pools] == [("near", 1, 10), ("far", 0, 0)]
     assert quote.pools[1].why_not == "others bid less"
@@ -171,7 +171,7 @@ def test_after_one_run_a_quote_is_within_a_tenth_of_the_bill(tmp_path: Path, fla
     assert bill.cost <= quote.worst_case_cost
     assert first.cost <= blind.worst_case_cost
     by_name = {pool.pool: pool for pool in quote.pools}
-    assert by_name["cheap"].answers == 120 - (first.pools[1].requests if flaky else 0)
+    assert by_name["cheap"].answers == next(pool.requests for pool in first.pools if pool.pool == "cheap")
     assert by_name["cheap"].failure_rate == pytest.approx(0.25 if flaky else 0, abs=0.05)
     assert by_name["cheap"].finish_s is not None
 

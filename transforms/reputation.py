@@ -76,6 +76,8 @@ class Reputation:
     output_share_p95: float | None = None
     failed_cost: float = 0.0
     """What a failed attempt is charged, as a share of what an answered one is."""
+    retried_here: float = 0.0
+    """Share of the requests that failed here which it answered itself in the end; the others went to the runner-up."""
     excess: float | None = None
     """How much more it reports or bills than we count, beyond what is tolerated, as a share; None: never compared."""
     overhead_s: float | None = None
@@ -152,6 +154,7 @@ def _of_pool(spec: PoolSpec, of_model: Weighed) -> Reputation:
         output_share=_ratio(answers, lambda d: d.output_tokens, lambda d: d.most_output_tokens),
         output_share_p95=_quantile((deed.lengths for deed, _ in answers), _length_of),
         failed_cost=failed_cost / served_cost if failed and served and failed_cost and served_cost else 0.0,
+        retried_here=_ratio(mine, lambda d: d.retried_here, lambda d: d.retried) or 0.0,
         excess=_excess(mine),
         overhead_s=_overhead(spec, both or mine),
     )

@@ -17,6 +17,11 @@ METERS: tuple[Meter, ...] = (
     "accelerator_idle_second", "setup",
 )  # fmt: skip
 
+Settlement = Literal["external", "internal"]
+"""Whether a pool is paid what it posts, or by the job's payment rule: a pool of one's own house or of a partner."""
+
+SETTLEMENTS: tuple[Settlement, ...] = ("external", "internal")
+
 PoolKind = Literal["vllm", "openai", "batch", "lease"]
 """An engine in our workers; an endpoint asked request by request; a provider's batch API; a node that is rented for the
 run, on which vLLM serves."""
@@ -97,6 +102,7 @@ class PoolSpec:
     """Seconds that one request may take before it counts as ``timeout``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the profile asks for beside an address and a key: region, project, endpoint name, image, ..."""
+    settlement: Settlement = "external"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ BIDS = _schema(
 AWARDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("score", COST),
     ("runner_up", LABEL), ("payment_rule", LABEL), ("price_paid", COST), ("reserved", COST), ("fx_rate", FX_RATE),
+    ("rent", COST),
 )  # fmt: skip
 
 AUCTIONS = _schema(

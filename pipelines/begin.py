@@ -288,6 +288,7 @@ def make_context(
         rehearse=rehearse,
         placement=job.placement,
         max_cost=job.max_cost,
+        payment=job.auction.payment,
         spent=spent,
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zoneinfo import ZoneInfo, available_timezones
 
 from bidbeam.connectors.errors import ConfigError
@@ -35,7 +35,7 @@ from bidbeam.pipelines.config_check import (
 )
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.overrides import apply, read_override
-from bidbeam.pipelines.terms import PAYMENTS, AuctionSpec, Deadline, Tolerance
+from bidbeam.pipelines.terms import PAYMENTS, AuctionSpec, Deadline, Payment, Tolerance
 from bidbeam.pipelines.yaml_text import Node, load
 from bidbeam.transforms.rendering import PromptSpec
 
@@ -262,9 +262,8 @@ def _placement(node: Node) -> dict[str, Any]:
 def _auction(node: Node) -> AuctionSpec:
     fields = Fields(node, ("payment", "rounds"))
     payment = fields.get("payment")
-    if payment is not None and choice_of(payment, PAYMENTS) != "pay_as_bid":
-        raise fault(payment, f"{shown(payment)} is not available in this version", "pay_as_bid")
-    return AuctionSpec("pay_as_bid", fields.read("rounds", lambda entry: whole_of(entry, 1, 10), 3))
+    rule = cast(Payment, "pay_as_bid" if payment is None else choice_of(payment, PAYMENTS))
+    return AuctionSpec(rule, fields.read("rounds", lambda entry: whole_of(entry, 1, 10), 3))
 
 
 def _tolerate(node: Node) -> Tolerance:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from bidbeam.connectors.batch_options import BATCH_OPTIONS, check_profile, read_options
 from bidbeam.connectors.errors import ConfigError
-from bidbeam.connectors.pools import Capacity, ModelSpec, PoolKind, PoolSpec
+from bidbeam.connectors.pools import SETTLEMENTS, Capacity, ModelSpec, PoolKind, PoolSpec, Settlement
 from bidbeam.pipelines.config_check import (
     Fields,
     choice_of,
@@ -38,7 +38,7 @@ from bidbeam.transforms.placement import OPERATORS as OPERATORS
 KINDS: tuple[PoolKind, ...] = ("vllm", "openai", "batch", "lease")
 SECTIONS = ("models", "fx", "pools")
 
-_COMMON = ("name", "kind", "models", "price", "capacity", "placement")
+_COMMON = ("name", "kind", "models", "price", "capacity", "placement", "settlement")
 _REMOTE = (*_COMMON, "profile", "base_url", "api_key_env", "api_key_file", "context", "headers", "timeout", "options")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "vllm": (*_COMMON, "accelerator", "engine"),
@@ -172,6 +172,7 @@ def _pool(
         headers=fields.read("headers", text_map_of, {}),
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
         options=options,
+        settlement=cast(Settlement, fields.read("settlement", lambda entry: choice_of(entry, SETTLEMENTS), "external")),
     )
     if kind == "lease":
         _check_lease(fields, spec)

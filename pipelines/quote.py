@@ -133,6 +133,7 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         return Quote(expected_cost=Decimal(0), worst_case_cost=Decimal(0), **common)
     awards, bids, lots = decision.tables["awards"], decision.tables["bids"], decision.tables["lots"]
     auction = decision.tables["auctions"].to_pylist()[0]
+    internal = any(pool.settlement == "internal" for pool in context.pools)
     bill = expected_bill(context, decision)
     pools = tuple(
         replace(offer, expected_cost=bill.get(offer.pool, Decimal(0))) for offer in offers(context, decision)
@@ -153,6 +154,8 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         unserved=dict(unserved),
         lp_bound=auction["lp_bound"],
         regret=auction["regret"],
+        payment=context.payment,
+        rent=sum_decimal(awards.column("rent")) if internal else None,
         finish_at=_latest(context, finishes),
         baseline_cost=_baseline(context, lots, bids, awards),
         **common,

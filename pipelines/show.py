@@ -79,6 +79,8 @@ def quote_text(quote: Quote) -> str:
     if quote.lp_bound is not None:
         regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
         rows.append(("lower bound", usd(quote.lp_bound) + regret))
+    if quote.payment != "pay_as_bid":
+        rows.append(("payment", f"{quote.payment}: {_rent_text(quote)}"))
     if quote.finish_at is not None:
         rows.append(("finish", f"{quote.finish_at:%Y-%m-%d %H:%M:%S %Z}" + _against_deadline(quote)))
     elif quote.deadline_at is not None:
@@ -104,6 +106,12 @@ def quote_text(quote: Quote) -> str:
     if any(each.answers for each in quote.pools):
         parts.insert(1, _seen_text(quote))
     return "\n\n".join(parts)
+
+
+def _rent_text(quote: Quote) -> str:
+    if quote.rent is None:
+        return "no pool has settlement: internal, so every pool is paid as it bids"
+    return f"{usd(quote.rent)} information rent to internal pools, no part of the cost"
 
 
 def _of_lots(some: int, all_: int) -> str:

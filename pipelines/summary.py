@@ -111,6 +111,9 @@ class Quote:
     """Requests that no pool would take, by reason."""
     lp_bound: Decimal | None = None
     regret: Decimal | None = None
+    payment: str = "pay_as_bid"
+    rent: Decimal | None = None
+    """What the payment rule pays internal pools beyond their bids; None: there is no such pool for it to bind."""
     finish_at: datetime | None = None
     deadline_at: datetime | None = None
     budget: Decimal | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bidbeam.connectors.pools import Capacity, Meter, PoolSpec, PriceSchedule
+from bidbeam.connectors.pools import Capacity, Meter, PoolSpec, PriceSchedule, Settlement
 from bidbeam.transforms.bidding import PoolState, prior_state
 
 NOW = datetime(2026, 11, 22, 6, tzinfo=UTC)
@@ -66,6 +66,7 @@ def pool(
     models: Sequence[str] = ("m",),
     state: dict[str, Any] | None = None,
     currency: str = "USD",
+    settlement: Settlement = "external",
     **prices: str,
 ) -> PoolState:
     """A pool of which nothing is measured but what ``state`` says."""
@@ -77,6 +78,7 @@ def pool(
         Capacity(tokens_per_second=tokens_per_second),
         placement or {},
         context=context,
+        settlement=settlement,
     )
     prior = prior_state(spec, now=NOW)
     fields = {field: getattr(prior, field) for field in prior.__dataclass_fields__}

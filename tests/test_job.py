@@ -130,7 +130,7 @@ def test_prices_and_pools_may_stand_in_the_job_itself(home: Path) -> None:
         ("[NO, DE]", "[UK]", "job.yaml:10: placement.jurisdictions: 'UK' is neither a country nor a zone"),
         ("0.5%", "some", "job.yaml:11: tolerate.dead: is 'some'"),
         ("pools: pools.yaml", "pools: pool.yaml", "job.yaml:13: pools: there is no file"),
-        ("tags: {", "auction: {payment: vcg}\ntags: {", "auction.payment: 'vcg' is not available in this version"),
+        ("tags: {", "auction: {payment: vgc}\ntags: {", "did you mean 'vcg'?"),
         ("tags: {", "baseline: vertex\ntags: {", "job.yaml:12: baseline: vertex lists no price of 'small' (expected"),
         ("tags: {", "storage: {s3: {secret: x}}\ntags: {", "storage.s3.secret: credentials do not belong here"),
         ("name: copy", "name: copy\nname: other", "job.yaml:2: name: is there twice, first on line 1"),

@@ -182,6 +182,11 @@ def _fill(market: Market, prices: Floats, shares: Floats, classes: Ints) -> Ints
     return _fill_rest(market, prices, pool_of)
 
 
+def repaired(market: Market, pool_of: Ints) -> Ints:
+    """An assignment within the room of the market, whose unserved lots go where there is room left for them."""
+    return _fill_rest(market, np.zeros(len(market.room)), pool_of)
+
+
 def _fill_rest(market: Market, prices: Floats, pool_of: Ints) -> Ints:
     """Gives each unserved lot its cheapest pool with room, those first that lose most by the second choice."""
     pool_of = pool_of.copy()

@@ -160,7 +160,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
         lots.column("failed_on").to_pylist(),
     )
-    cleared = clear(bids, budget=None if budget is None else budget - held)
+    cleared = clear(bids, budget=None if budget is None else budget - held, payment=context.payment)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
     left = lots.set_column(

@@ -17,6 +17,7 @@ _TEMPERATURES = (1e-1, 2e-2, 5e-3, 1e-3, 2e-4)
 _STEPS = 30
 _BALANCED = 1e-3
 """A pool is asked for no more than this much over its room: then the prices are good enough for a temperature."""
+_STILL = 1e-9
 _DAMPING, _LEAST_DAMPING = 1e-2, 1e-6
 """Levenberg and Marquardt's: a step that leads down is taken again shorter, and nearer to steepest ascent."""
 
@@ -65,7 +66,7 @@ def ascend(market: Market, prices: Floats) -> tuple[Floats, Floats]:
             slope = np.diag((part * market.seconds[:, free]).sum(axis=0) / room[free]) - part.T @ part
             # Where no lot is undecided demand does not move at all: any step will do, and is taken shorter if it fails.
             slope[np.diag_indices_from(slope)] += damping * np.maximum(
-                slope.diagonal(), slope.trace() / len(slope) or 1.0
+                slope.diagonal(), max(slope.trace() / len(slope), _STILL)
             )
             step = np.zeros(len(prices))
             step[free] = np.linalg.solve(slope / temperature, short[free]) / room[free]

@@ -11,7 +11,7 @@ A pool of unknown speed has no bound on its seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -24,19 +24,9 @@ from bidbeam.connectors.schemas import AUCTIONS, AWARDS
 from bidbeam.transforms.allocation import allocate, lower_bound, shortest_horizon
 from bidbeam.transforms.bidding import BidMatrix, finish_times
 from bidbeam.transforms.market import UNSERVED, Floats, Ints, Market, unserved_cost
+from bidbeam.transforms.payments import PAYMENT_RULES, Awarded, PaymentRule, exact, pay_as_bid
 
 DEFAULT_SLACK = 1.25
-
-PaymentRule = Callable[[BidMatrix, Ints], list[Decimal | None]]
-"""What each awarded lot costs (USD), given all bids and the pool of each lot (-1: none); None for unserved lots."""
-
-
-def pay_as_bid(bids: BidMatrix, pool_of: Ints) -> list[Decimal | None]:
-    """The expected bill of the winning bid: what a posted price schedule asks for the lot."""
-    return _chosen(bids, pool_of, "expected")
-
-
-PAYMENT_RULES: Mapping[str, PaymentRule] = {"pay_as_bid": pay_as_bid}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +40,11 @@ class Clearing:
     fallback: Ints
     """The runner-up where it may take the lot over within the budget, should the winner go down; else -1."""
     payment: str
+    """The rule that was asked for; it binds internal pools, the others are paid as they bid."""
     price_paid: tuple[Decimal | None, ...]
+    """Expected bill and rent (USD); None for unserved lots."""
+    rent: tuple[Decimal | None, ...]
+    """What the rule pays beyond the bid (see ``payments``): no charge, and no part of the budget."""
     reserved: tuple[Decimal | None, ...]
     """Worst case of the award (USD); None for unserved lots."""
     committed: Decimal
@@ -97,7 +91,7 @@ class Clearing:
         """One row per awarded lot (AWARDS), in prefix order."""
         lots = np.flatnonzero(self.pool_of >= 0)
         names = [pool.spec.name for pool in self.bids.pools]
-        scores = _chosen(self.bids, self.pool_of, "score")
+        scores = exact(self.bids, self.pool_of, self.pool_of, "score")
         return pa.table(
             {
                 "run_id": pa.array([run_id] * len(lots), AWARDS.field("run_id").type),
@@ -108,13 +102,17 @@ class Clearing:
                 "runner_up": pa.array(
                     [names[at] if at >= 0 else None for at in self.runner_up[lots]], AWARDS.field("runner_up").type
                 ),
-                "payment_rule": pa.array([self.payment] * len(lots), AWARDS.field("payment_rule").type),
+                "payment_rule": pa.array([self._rule(int(lot)) for lot in lots], AWARDS.field("payment_rule").type),
                 "price_paid": pa.array([self.price_paid[lot] for lot in lots], AWARDS.field("price_paid").type),
                 "reserved": pa.array([self.reserved[lot] for lot in lots], AWARDS.field("reserved").type),
                 "fx_rate": pa.array([self.bids.rates[self.pool_of[lot]] for lot in lots], AWARDS.field("fx_rate").type),
+                "rent": pa.array([self.rent[lot] for lot in lots], AWARDS.field("rent").type),
             },
             schema=AWARDS,
         )
+
+    def _rule(self, lot: int) -> str:
+        return self.payment if self.bids.pools[self.pool_of[lot]].spec.settlement == "internal" else "pay_as_bid"
 
     def auction_table(self, *, run_id: str, round_number: int) -> pa.Table:
         """The one row of this clearing (AUCTIONS)."""
@@ -171,6 +169,8 @@ def clear(
     committed = _total(reserved)
     runner_up = _runners_up(bids, pool_of)
     fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
+    rent = _premiums(market, bids, pool_of, runner_up, rule)
+    bill = exact(bids, pool_of, pool_of, "expected")
     objective, bound, regret = _regret(market, bids, pool_of, None if unserved else dealt.prices)
     names = bids.lots.lot_id
     return Clearing(
@@ -179,7 +179,10 @@ def clear(
         runner_up=runner_up,
         fallback=fallback,
         payment=payment,
-        price_paid=tuple(rule(bids, pool_of)),
+        price_paid=tuple(
+            None if cost is None or more is None else cost + more for cost, more in zip(bill, rent, strict=True)
+        ),
+        rent=tuple(rent),
         reserved=reserved,
         committed=committed,
         unserved={names[int(lot)].as_py(): reason for lot, reason in sorted(unserved.items())},
@@ -330,17 +333,25 @@ def _fallbacks(
     return fallback, committed
 
 
-def _chosen(bids: BidMatrix, pool_of: Ints, what: str) -> list[Decimal | None]:
-    """Exact expected cost or score of each lot on its pool, warm where it follows the lot before there."""
-    warm = bids.warm_where(pool_of)
-    values: list[Decimal | None] = [None] * len(pool_of)
-    for pool in np.unique(pool_of[pool_of >= 0]):
-        lots = np.flatnonzero(pool_of == pool)
-        cost = bids.expected_cost(int(pool), warm[:, pool])
-        column = cost if what == "expected" else bids.score_of(int(pool), cost)
-        for lot, value in zip(lots, column.take(pa.array(lots)).to_pylist(), strict=True):
-            values[lot] = value
-    return values
+def _premiums(
+    market: Market, bids: BidMatrix, pool_of: Ints, runner_up: Ints, rule: PaymentRule
+) -> list[Decimal | None]:
+    """What each awarded lot is paid beyond its bid; nothing to pools that are not settled inside the house."""
+    lots = np.flatnonzero(pool_of >= 0)
+    internal = np.array([pool.spec.settlement == "internal" for pool in bids.pools], dtype=np.bool_)
+    premiums: list[Decimal | None] = [None if pool < 0 else Decimal(0) for pool in pool_of]
+    if rule is pay_as_bid or not np.any(internal[pool_of[lots]]):
+        return premiums
+    scores, seconds = exact(bids, pool_of, pool_of, "score"), exact(bids, runner_up, pool_of, "score")
+    awarded = Awarded(
+        market=market.only(lots),
+        pool_of=pool_of[lots],
+        scores=[score for score in scores if score is not None],
+        runner_up_scores=[seconds[lot] for lot in lots],
+    )
+    for lot, premium in zip(lots, rule(awarded, internal), strict=True):
+        premiums[lot] = premium
+    return premiums
 
 
 def _regret(
@@ -348,7 +359,7 @@ def _regret(
 ) -> tuple[Decimal, Decimal | None, Decimal | None]:
     """The awarded lots' total score, a lower bound for it within the same room, and how far above that it is."""
     awarded = np.flatnonzero(pool_of >= 0)
-    scores = [score for score in _chosen(bids, pool_of, "score") if score is not None]
+    scores = [score for score in exact(bids, pool_of, pool_of, "score") if score is not None]
     objective = sum(scores, Decimal(0))
     if len(awarded) == 0:
         return objective, None, None

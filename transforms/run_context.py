@@ -60,6 +60,8 @@ class RunContext:
     rehearse: bool = False
     placement: Mapping[str, Any] = field(default_factory=dict)
     max_cost: Decimal | None = None
+    payment: str = "pay_as_bid"
+    """The payment rule of internal pools: see ``transforms.payments``."""
     spent: Decimal = Decimal(0)
     """USD that earlier starts of the run have spent."""
     deadline_at: datetime | None = None

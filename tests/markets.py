@@ -112,7 +112,7 @@ def random_market(lots: int, pools: int, seed: int, *, timed: float = 1.0) -> tu
         speed = float(r.uniform(2000, 20000)) if r.random() < timed else None
         labels = {"jurisdiction": ("DE", "FR", "US")[at % 3], "zdr": bool(r.random() < 0.5)}
         if at % 5 == 0:
-            prices = {"hour": str(round(r.uniform(0.5, 4), 2))}
+            prices: dict[str, Any] = {"hour": str(round(r.uniform(0.5, 4), 2))}
         else:
             paid = r.uniform(0.1, 1)
             prices = {"input": str(round(paid, 3)), "output": str(round(r.uniform(0.3, 4), 3))}

@@ -99,7 +99,7 @@ def test_second_score_pays_what_the_runner_up_would_have_cost() -> None:
     ((_, price, rent),) = paid(clear(make_bids(lots_of({}), [cheap, dear], now=NOW), payment="second_score"))
     assert (price, rent) == (Decimal("0.0024"), Decimal("0.0012"))
     ((_, price, rent),) = paid(clear(make_bids(lots_of({}), [cheap], now=NOW), payment="second_score"))
-    assert (price, rent) == (Decimal("0.0012"), 0)
+    assert (price, rent) == (Decimal("0.0012"), Decimal(0))
 
 
 def test_uniform_pays_the_bid_where_room_is_plenty_and_one_price_a_second_where_it_is_scarce() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.pvalue import AsList, PCollection, TaggedOutput
@@ -25,6 +26,7 @@ from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_st
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
+from bidbeam.transforms.heartbeat import so_far
 from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
 from bidbeam.transforms.run_context import RunContext
@@ -159,6 +161,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     bids = prefer_untried(
         make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
         lots.column("failed_on").to_pylist(),
+        {name for name, pool in so_far(context.scratch, round_).items() if pool.down} if round_ > 1 else (),
     )
     cleared = clear(bids, budget=None if budget is None else budget - held, payment=context.payment)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
@@ -181,18 +184,27 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     )
 
 
-def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None]) -> BidMatrix:
-    """The bids without those of pools that a lot's requests have failed on, wherever another pool may serve the lot.
+def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None], down: Collection[str] = ()) -> BidMatrix:
+    """The bids without those of pools that went ``down`` in this run, nor those of pools that a lot's requests have
+    failed on, wherever another pool may serve the lot.
 
-    ``failed_on`` names those pools, by lot. A bid that is taken back is rejected as ``failed``.
+    ``failed_on`` names those pools, by lot. A bid that is taken back is rejected as ``down`` or ``failed``.
     """
-    if not any(failed_on):
-        return bids
+    gone = np.array([pool.spec.name in down for pool in bids.pools], bool)
     tried = np.array([[pool.spec.name in (names or ()) for pool in bids.pools] for names in failed_on], bool)
-    out = tried & bids.eligible & (bids.eligible & ~tried).any(axis=1, keepdims=True)
+    for why, out in (("down", np.broadcast_to(gone, tried.shape)), ("failed", tried)):
+        bids = _without(bids, out, why)
+    return bids
+
+
+def _without(bids: BidMatrix, out: npt.NDArray[np.bool_], why: str) -> BidMatrix:
+    """The bids without some, (lots, pools), wherever another is left for the lot."""
+    out = out & bids.eligible & (bids.eligible & ~out).any(axis=1, keepdims=True)
+    if not out.any():
+        return bids
     return replace(
         bids,
-        reject=tuple(pc.if_else(pa.array(out[:, at]), "failed", reason) for at, reason in enumerate(bids.reject)),
+        reject=tuple(pc.if_else(pa.array(out[:, at]), why, reason) for at, reason in enumerate(bids.reject)),
         eligible=bids.eligible & ~out,
         score=np.where(out, np.inf, bids.score),
         saving=np.where(out, 0.0, bids.saving),

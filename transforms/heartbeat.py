@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,9 @@ _EVERY_S = {True: 1.0, False: 5.0}
 """Seconds between beats, on a local disk and on an object store."""
 
 
+_OF_ROUND = re.compile(r"progress/r(\d+)-")
+
+
 def name_of(prefix: str) -> str:
     return f"progress/{prefix}.json"
 
@@ -32,6 +37,35 @@ def last_sign(journal: Store, scratch_name: str, shift: str) -> datetime | None:
         return datetime.fromisoformat(json.loads(journal.read(name))["at"]) if journal.exists(name) else None
     except (ValueError, KeyError):
         return None
+
+
+@dataclass(slots=True)
+class SoFar:
+    """What became of the requests that a pool was asked in earlier rounds, and whether it was down at the last."""
+
+    settled: int = 0
+    failed: int = 0
+    down: bool = False
+    round: int = 0
+
+
+def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
+    """How the pools have fared in the rounds ``before`` this one, by name."""
+    pools: dict[str, SoFar] = {}
+    for entry in scratch.list("progress/"):
+        found = _OF_ROUND.match(entry.name)
+        if found is None or int(found[1]) >= before:
+            continue
+        with contextlib.suppress(ValueError, KeyError, StoreError, OSError):
+            for beat in json.loads(scratch.read(entry.name))["pools"]:
+                pool, round_, down = pools.setdefault(beat["pool"], SoFar()), int(found[1]), bool(beat["down"])
+                pool.settled += beat["settled"]
+                pool.failed += beat["failed"]
+                if round_ >= pool.round:
+                    # Of several engines of a pool one that is up is enough.
+                    pool.down = down and (pool.down or round_ > pool.round)
+                    pool.round = round_
+    return pools
 
 
 def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from bidbeam.transforms import shift, stopping
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
-from bidbeam.transforms.retrying import TRIES
+from bidbeam.transforms.retrying import CHARGED_TRIES, TRIES
 from bidbeam.transforms.shift import Award, Shift, ShiftTask
 
 AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -258,8 +258,8 @@ def test_a_pool_that_fails_more_than_it_answers_is_not_asked_again_in_the_round(
     assert unserved.num_rows == 0
 
 
-def test_who_charged_for_something_unusable_is_not_asked_the_same_again(tmp_path: Path) -> None:
-    """A failure that was paid for goes to the next round; one that was not is tried again."""
+def test_who_charges_for_something_unusable_is_asked_the_same_twice_at_most(tmp_path: Path) -> None:
+    """A failure that was paid for is tried once more; one that was not, as often as the round allows."""
 
     def outcome(tag: int) -> dict[str, Any]:
         paid = {"input_tokens": 10, "output_tokens": 2, "usage_source": "reported"}
@@ -267,11 +267,11 @@ def test_who_charged_for_something_unusable_is_not_asked_the_same_again(tmp_path
 
     near, stage = Scripted(outcome=outcome), Stage(tmp_path)
     _, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
-    assert Counter(near.tags)[4] == 1
+    assert Counter(near.tags)[4] == CHARGED_TRIES
     assert Counter(near.tags)[6] == TRIES
     assert places(unserved) == [4, 6]
     assert len({lot["lot_id"] for lot in unserved.to_pylist()}) == 2
-    assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {2, TRIES + 1}
+    assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {CHARGED_TRIES + 1, TRIES + 1}
 
 
 def test_a_retried_bundle_skips_what_it_settled(tmp_path: Path) -> None:

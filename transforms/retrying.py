@@ -1,9 +1,9 @@
 """Retries within a round: what failed is asked again, where that may end better, once everything else is done.
 
 The round owns the only retry budget. In it a request gets at most ``TRIES`` attempts, on the pool that won its lot and
-on the runner-up in turns, as long as these take requests and answer most of them. A pool that charged for something
-unusable is not asked the same again in the round, and an attempt that was lost is not followed by another: it may have
-been served. What still has no answer goes to the next round's auction.
+on the runner-up in turns, as long as these take requests and have answered most of them in this run. A pool that
+charged for something unusable is asked the same once more at most, and after the others; and an attempt that was lost
+is not followed by another: it may have been served. What still has no answer goes to the next round's auction.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from bidbeam.transforms.settling import Terms, worst_case_cost
 TRIES = 4
 """Attempts that a request gets in one round, at most."""
 
+CHARGED_TRIES = 2
+"""How often a pool may charge for a request in a round without answering it."""
+
 
 class Retries:
     """Which pools each request of a round has failed on, and how."""
@@ -43,13 +46,15 @@ class Retries:
         return {pool for pool, _ in self._failures.get(tag, [])}
 
     def next_pool(self, tag: int, pools: Sequence[str]) -> str | None:
-        """Which of ``pools`` is to be asked next: the one that was asked least, the first of equals; None for none."""
+        """Which of ``pools`` is to be asked next: the one that charged least often for nothing, of these the one that
+        was asked least, the first of equals; None for none."""
         failures = self._failures.get(tag, [])
         if not failures or len(failures) >= TRIES or tag in self._lost:
             return None
         asked = Counter(pool for pool, _ in failures)
-        spoilt = {pool for pool, charged in failures if charged}
-        return min((pool for pool in pools if pool not in spoilt), key=asked.__getitem__, default=None)
+        charged = Counter(pool for pool, charged in failures if charged)
+        left = [pool for pool in pools if charged[pool] < CHARGED_TRIES]
+        return min(left, key=lambda pool: (charged[pool], asked[pool]), default=None)
 
 
 def worst_case_of(order: pa.Table, places: np.ndarray[Any, Any], *, estimated: bool, terms: Terms) -> Decimal:

@@ -152,6 +152,7 @@ class Shift:
         self._unsent: dict[_LotTry, _Left] = {}
         self._retries = Retries()
         self._retrying = Decimal(0)
+        self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._settled_tags = np.zeros(0, np.int64)
         self._failed_before: pa.Table | None = None
@@ -434,8 +435,13 @@ class Shift:
                 (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open), None
             )
             # What is gathered for a batch takes hours to come back: that is for the next round to weigh.
-            if lane is not None and lane.failed <= lane.settled and not isinstance(lane.engine, Lasting):
+            if lane is not None and not isinstance(lane.engine, Lasting) and self._answers(lane):
                 yield lane
+
+    def _answers(self, lane: Lane) -> bool:
+        """Whether a pool has answered at least as much as it has failed, in all rounds so far."""
+        before = self._before.get(lane.pool, heartbeat.SoFar())
+        return before.failed + lane.failed <= before.settled + lane.settled
 
     def _affords(self, lane: Lane, lot: Lot, tags: Tags, orders: dict[int, pa.Table]) -> bool:
         """Whether what the round reserved and did not spend covers the worst case of asking these again."""

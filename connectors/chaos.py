@@ -247,9 +247,6 @@ class ChaosDouble(EndpointDouble):
         text = seen.prompt
         with self._lock:
             drawn = self._drawn.setdefault(seen.number, _Drawn(self._draw(seen.number, text)))
-            if self._dies_after is not None and seen.number + 1 >= self._dies_after and not self.dead.is_set():
-                self._dies_after = None
-                threading.Thread(target=self.die, daemon=True).start()
         reply = Reply() if drawn.kind is None else KINDS[drawn.kind](self._timing)
         return replace(reply, delay_s=reply.delay_s + self._answers_after_s) if self._answers_after_s else reply
 
@@ -327,6 +324,11 @@ class ChaosDouble(EndpointDouble):
             entry = replace(entry, cost=self._bill(entry))
         with self._lock:
             self._entries.append(entry)
+            dies = self._dies_after is not None and len(self._entries) >= self._dies_after
+            if dies:
+                self._dies_after = None
+        if dies:
+            threading.Thread(target=self.die, daemon=True).start()
         return awaited
 
     def _sent(self) -> None:

@@ -164,6 +164,10 @@ class Run:
     def ended(self) -> bool:
         return (self.run_dir / "_SUCCESS").exists()
 
+    def settled(self) -> int:
+        """Attempts that the journal has."""
+        return len(_ids((self.run_dir / "_journal").glob("start-*/segments/*.arrow")))
+
     def in_flight(self) -> set[bytes]:
         """Attempts that were dispatched and that no segment has, of all starts."""
         journal = self.run_dir / "_journal"
@@ -306,7 +310,7 @@ def kill_test(
         phases = ["generating" if chance.random() < 0.75 else "planning" for _ in range(kills - late)]
         ever: set[bytes] = set()
         for number, phase in enumerate([*phases, *["publishing"] * late]):
-            more = max(2 * (count - run.asked()) // (phases[number:].count("generating") + 1), 1)
+            more = max(2 * (count - run.settled()) // (phases[number:].count("generating") + 1), 1)
             options = TWO_WORKERS if workers and chance.random() < 0.5 else ()
             kill = kill_once(run, phase, chance, options, windows, more)
             report.starts += 1
@@ -332,7 +336,7 @@ def hold_to_books(run: Run, report: Report, in_flight: set[bytes], expected: dic
     found = written(run.job)
     check_conserved(found, report.prompts)
     assert outputs(run) == expected, "the outputs differ from an undisturbed run's"
-    attempts = {row["attempt_id"].hex(): row for row in found.attempts}
+    attempts = {row["attempt_id"].hex: row for row in found.attempts}
     report.attempts = Counter(row["status"] for row in found.attempts)
     entries = [entry for pool in run.pools for entry in pool.books().entries]
     served = [entry for entry in entries if entry.outcome == "served"]
@@ -362,7 +366,7 @@ def hold_to_books(run: Run, report: Report, in_flight: set[bytes], expected: dic
     exact = {key: row for key, row in attempts.items() if row["status"] == "ok"}
     costs: dict[str, Decimal] = {}
     for charge in found.rows("charges"):
-        key = charge["attempt_id"].hex()
+        key = charge["attempt_id"].hex
         costs[key] = costs.get(key, Decimal(0)) + charge["cost"]
     assert all(costs[entry.request] == entry.cost for entry in served if entry.request in exact)
     report.verified = verify(run)

@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.timeout(120)
 
 PRICES = {"near": {"input": "0.10", "cached_input": "0.01", "output": "0.40"},
           "far": {"input": "0.12", "output": "0.44"},
-          "frail": {"input": "0.11", "cached_input": "0.02", "output": "0.42"}}  # fmt: skip
+          "frail": {"input": "0.09", "cached_input": "0.01", "output": "0.38"}}  # fmt: skip
 FAILING = {
     "reset": 0.04, "truncated": 0.03, "hang": 0.005, "huge": 0.005, "rate": 0.003, "rate_seconds": 0.01,
     "rate_date": 0.01, "rate_ms": 0.02, "unavailable": 0.007, "server_error": 0.05, "failed_dependency": 0.03,
@@ -36,20 +37,20 @@ ODD = dict.fromkeys(sorted(GOOD), 0.02)
 ROWS = 600
 
 
-def ask(double: ChaosDouble, prompt: str, name: str = "r1") -> tuple[int, bytes]:
+def ask(double: ChaosDouble, prompt: str, name: str = "r1", timeout: float = 5) -> tuple[int, bytes]:
     body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 8}
     request = urllib.request.Request(  # noqa: S310
         f"{double.base_url}/chat/completions", json.dumps(body).encode(), {"X-Request-Id": name}
     )
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
 
 
 def by_attempt(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["attempt_id"].hex(): row for row in rows}
+    return {row["attempt_id"].hex: row for row in rows}
 
 
 def hold_to_books(found: Any, books: dict[str, Books]) -> tuple[Decimal, Decimal]:
@@ -57,7 +58,7 @@ def hold_to_books(found: Any, books: dict[str, Books]) -> tuple[Decimal, Decimal
     bill cannot be known: answers without a report, and requests that were lost."""
     charges: dict[str, Decimal] = {}
     for charge in found.rows("charges"):
-        name = charge["attempt_id"].hex()
+        name = charge["attempt_id"].hex
         charges[name] = charges.get(name, Decimal(0)) + charge["cost"]
     attempts = by_attempt(found.attempts)
     entries: dict[str, tuple[str, Entry]] = {
@@ -109,7 +110,7 @@ def test_a_third_fails_one_pool_dies_and_nothing_good_is_lost(tmp_path: Path) ->
     with (
         ChaosDouble(["tiny"], rates, seed=1, prices=PRICES["near"], **shared) as near,
         ChaosDouble(["tiny"], rates, seed=2, prices=PRICES["far"], spells=[Spell("no_key", 150, 2)], **shared) as far,
-        ChaosDouble(["tiny"], rates, seed=3, prices=PRICES["frail"], dies_after=ROWS // 6, **shared) as frail,
+        ChaosDouble(["tiny"], rates, seed=3, prices=PRICES["frail"], dies_after=ROWS // 8, **shared) as frail,
     ):
         doubles = {"near": near, "far": far, "frail": frail}
         pools = [
@@ -122,9 +123,7 @@ def test_a_third_fails_one_pool_dies_and_nothing_good_is_lost(tmp_path: Path) ->
             )
             for name, double in doubles.items()
         ]
-        job = make_job(
-            tmp_path, rows, pools, auction=None, budget={"max_cost": "1.00"}, deadline="20s", tolerate={"dead": "1%"}
-        )
+        job = make_job(tmp_path, rows, pools, auction=None, budget={"max_cost": "1.00"}, tolerate={"dead": "1%"})
         summary = run(job)
         books = {name: double.books() for name, double in doubles.items()}
         assert frail.dead.is_set()
@@ -160,20 +159,17 @@ def test_every_kind_is_injected_and_booked(kind: str) -> None:
     """Each kind comes when it is named, and the books say what became of the request; the next answer is true."""
     timing = Timing(slow_s=0.05, huge_mib=2)
     with ChaosDouble(["tiny"], script=[kind], prices=PRICES["near"], timing=timing) as double:
-        if kind == "hang":
-            double.die()
         try:
-            status, body = ask(double, "one two three four five six")
+            status, body = ask(double, "one two three four five six", timeout=0.2 if kind == "hang" else 5)
         except OSError:
             status, body = 0, b""
         except http.client.IncompleteRead:
             status, body = 0, b""
-        double.revive()
         assert ask(double, "something else", "r2")[0] == 200
+        while len(double.books().entries) < 2:
+            time.sleep(0.02)  # until it has noticed that the client of a reply that hangs is gone
         entries = {entry.request: entry for entry in double.books().entries}
     assert entries["r2"].outcome == "served"
-    if kind == "hang":
-        return
     entry = entries["r1"]
     assert entry.kind == kind
     if kind in GOOD | {"blank", "filtered", "few_choices", "other_model"}:
@@ -183,7 +179,10 @@ def test_every_kind_is_injected_and_booked(kind: str) -> None:
         if usage is not None:
             assert usage["completion_tokens"] == entry.completion_tokens
     else:
-        assert (entry.outcome, entry.cost) == ("dropped" if kind in {"reset", "truncated", "huge"} else "failed", 0)
+        assert (entry.outcome, entry.cost) == (
+            "dropped" if kind in {"hang", "reset", "truncated", "huge"} else "failed",
+            0,
+        )
 
 
 def test_the_schedule_is_the_seed_s() -> None:
@@ -252,7 +251,7 @@ def test_its_example_is_true(tmp_path: Path) -> None:
         return run(job).cost
 
     code = "\n".join(line[4:] for line in lines.splitlines())
-    code = code.replace("pool = ...  # base_url: chaos.base_url\n", "").replace(
+    code = code.replace("    pool = ...  # base_url: chaos.base_url\n", "").replace(
         "    ...\n", "    ledger_cost = ledger_cost_of(chaos.base_url)\n"
     )
     names = {"ChaosDouble": ChaosDouble, "PRICES": PRICES["near"], "ledger_cost_of": ledger_cost}

@@ -79,8 +79,8 @@ AUCTIONS = _schema(
     ("lp_bound", COST), ("regret", pa.decimal128(20, 15)), ("awarded", pa.int64()), ("cleared_at", UTC),
     ("rule", pa.string()),
 )  # fmt: skip
-"""``regret`` = (objective - lp_bound) / lp_bound over the awarded lots; NULL where the bound is 0 or unknown. ``rule`` is
-the scoring rule that bids were told before: its parameters as JSON, with a digest of them."""
+"""``regret`` = (objective - lp_bound) / lp_bound over the awarded lots; NULL where the bound is 0 or unknown. ``rule``
+is the scoring rule that bids were told before: its parameters as JSON, with a digest of them."""
 
 ATTEMPTS = _schema(
     ("run_id", LABEL), ("request_id", pa.string()), ("lot_id", LABEL), ("round", pa.int16()), ("attempt_id", UUID),

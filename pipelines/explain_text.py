@@ -86,18 +86,19 @@ def _why(it: Clearing) -> str:
 
 
 _BID_HEAD = (
-    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "- exploration", "worst case", "cached",
-    "output", "finishes",
+    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "- exploration", "worst case",
+    "cached", "output", "finishes",
 )  # fmt: skip
 
 
 def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
+    # An older ledger has no such terms: their columns are then left out.
+    later = (bid.audit_cost, bid.demand_cost, bid.exploration_credit)
     return (
         {clearing.winner: "*", clearing.runner_up: "2"}.get(bid.pool, ""),
         bid.pool,
         *(_amount(value) for value in (bid.score, bid.expected_cost, bid.risk_cost, bid.lateness_cost)),
-        # An older ledger has no such terms: their columns are then left out.
-        *("" if value is None else _amount(value) for value in (bid.audit_cost, bid.demand_cost, bid.exploration_credit)),
+        *("" if value is None else _amount(value) for value in later),
         _amount(bid.worst_case_cost),
         _amount(bid.expected_cached_tokens),
         _amount(bid.expected_output_tokens),

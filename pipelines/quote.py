@@ -135,9 +135,7 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
     auction = decision.tables["auctions"].to_pylist()[0]
     internal = any(pool.settlement == "internal" for pool in context.pools)
     bill = expected_bill(context, decision)
-    pools = tuple(
-        replace(offer, expected_cost=bill.get(offer.pool, Decimal(0))) for offer in offers(context, decision)
-    )
+    pools = tuple(replace(offer, expected_cost=bill.get(offer.pool, Decimal(0))) for offer in offers(context, decision))
     finishes = [pool.finish_s for pool in pools if pool.lots]
     unserved: Counter[str] = Counter()
     for table in (decision.waiting, decision.refused):

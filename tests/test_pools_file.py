@@ -151,7 +151,10 @@ def test_a_price_per_request_alone_is_enough() -> None:
         (own("api_key_env: A"), "does not belong to a pool of kind vllm"),
         ("pools: []", "(expected a list of at least one pool)"),
         (remote() + remote().removeprefix("pools:\n"), "pools.yaml:7: pools[1].name: the name 'far' is there twice"),
-        ("fx: {TAO: {source: somewhere}}\n" + remote(), "there is no feed of rates 'somewhere' (expected kraken or coingecko or file"),
+        (
+            "fx: {TAO: {source: somewhere}}\n" + remote(),
+            "there is no feed of rates 'somewhere' (expected kraken or coingecko or file",
+        ),
     ],
 )
 def test_a_pool_that_cannot_be_right_is_refused(text: str, message: str) -> None:

@@ -20,9 +20,7 @@ def run(
     ] = False,
     retry_dead: Annotated[
         str | None,
-        typer.Option(
-            "--retry-dead", metavar="RUN_ID", help="Run the dead letters of that run again, as a run."
-        ),
+        typer.Option("--retry-dead", metavar="RUN_ID", help="Run the dead letters of that run again, as a run."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     json: JsonOption = False,

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,6 +174,7 @@ class Shift:
                     lane.fill()
                 for lane in list(self._lanes.values()):
                     lane.poll()
+                    self._heed(lane)
                     if not lane.open:
                         self._hand_over(lane)
                 pending = sum(lane.pending_results for lane in self._lanes.values())
@@ -338,6 +339,25 @@ class Shift:
             else:
                 self._keep_unsent(lot, tags, "server", lane.pool)
 
+    def _heed(self, lane: Lane) -> None:
+        """Leads lots around a pool whose breaker has opened, where a runner-up is at work; what has none waits for the
+        probes. A pool that no probe has reached counts as down."""
+        if lane.breaker.openings == lane.heeded or not lane.open:
+            return
+        lane.heeded = lane.breaker.openings
+        if lane.breaker.gave_up:
+            lane.out = "most of what it was asked failed, and so did every probe since"
+            return
+        lane.notes.append("most of what it was asked of late failed: it gets one request at a time until one succeeds")
+        waiting: list[Lot] = []
+        for lot, tags in lane.leftover():
+            target, part = self._runner_up(lot), {**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes()}
+            if target is not None and target is not lane and target.breaker.closed:
+                target.queue.append({**part, "runner_up": None})
+            else:
+                waiting.append(part)
+        lane.queue.extend(waiting)
+
     def _runner_up(self, lot: Lot) -> Lane | None:
         """The lane that may take a lot over, where there is one and it takes requests."""
         pool = lot.get("runner_up")
@@ -401,7 +421,7 @@ class Shift:
                 lane.engine.cancel()
         self._hand_over(lane)
 
-    def _try_again(self) -> Iterator[ShiftResult]:
+    def _try_again(self) -> Generator[ShiftResult, None, bool]:
         """Once all is done: gives what failed another try in this round, where one may be had; whether any was."""
         yield from self._flush(final=False)
         again = False
@@ -432,7 +452,8 @@ class Shift:
         """The lanes that the market found good for a lot, its own first, as far as they take and answer requests."""
         for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
             lane = next(
-                (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open), None
+                (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open and lane.breaker.closed),
+                None,
             )
             # What is gathered for a batch takes hours to come back: that is for the next round to weigh.
             if lane is not None and not isinstance(lane.engine, Lasting) and self._answers(lane):

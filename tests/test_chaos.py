@@ -208,7 +208,7 @@ def test_a_spell_passes_and_a_dead_endpoint_comes_back() -> None:
     with ChaosDouble(["tiny"], spells=[Spell("no_funds", 1, 2)], dies_after=4) as double:
         assert [ask(double, f"prompt {n}")[0] for n in range(4)] == [200, 402, 402, 200]
         assert double.dead.wait(5)
-        with pytest.raises(OSError, match="refused"):
+        with pytest.raises(OSError, match=r"refused|closed|reset"):
             ask(double, "anybody there")
         double.revive()
         assert ask(double, "and now")[0] == 200

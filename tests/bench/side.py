@@ -75,20 +75,58 @@ class Side:
 
 def _run() -> Callable[..., dict[str, Any]]:
     import apache_beam  # noqa: F401 - start-up, not the run
+    import pyarrow as pa
 
+    from bidbeam.connectors.stand_in import StandIn
     from bidbeam.pipelines import batch  # noqa: F401
     from bidbeam.pipelines.job import Job
     from bidbeam.pipelines.progress import NullProgress
     from bidbeam.pipelines.run import run_job
+    from bidbeam.transforms import write_outputs
 
-    def once(job: str) -> dict[str, Any]:
-        for left in ("out", "ledger"):
+    sent = 0
+    submit, publish = StandIn.submit, write_outputs.publish_range
+
+    def counted(engine: StandIn, requests: pa.RecordBatch) -> None:
+        nonlocal sent
+        sent += requests.num_rows
+        submit(engine, requests)
+
+    def crashing(*_: object) -> None:
+        raise RuntimeError("the crash that was asked for")
+
+    StandIn.submit = counted  # type: ignore[method-assign]
+
+    def once(job: str, keep: bool = False, crash: bool = False) -> dict[str, Any]:
+        nonlocal sent
+        for left in () if keep else ("out", "ledger"):
             shutil.rmtree(Path(job).parent / left, ignore_errors=True)
+        sent, summary = 0, None
         started = time.perf_counter()
-        summary = run_job(Job.from_yaml(job), rehearse=True, beam_options=[], progress=NullProgress())
+        if crash:
+            write_outputs.publish_range = crashing  # type: ignore[assignment]
+        try:
+            summary = run_job(Job.from_yaml(job), rehearse=True, beam_options=[], progress=NullProgress())
+        except Exception:
+            if not crash:
+                raise
+        finally:
+            write_outputs.publish_range = publish
         seconds = time.perf_counter() - started
+        if crash:
+            segments = sorted(Path(job).parent.glob("out/**/segments/*.arrow"))
+            for half in segments[max(len(segments) // 2, 1) :]:
+                half.unlink()
+            return {"seconds": seconds, "sent": sent}
+        assert summary is not None
         assert summary.exit_code == 0
-        return {"seconds": seconds, "requests": summary.requests, "tokens": summary.input_tokens}
+        return {
+            "seconds": seconds,
+            "requests": summary.requests,
+            "tokens": summary.input_tokens,
+            "sent": sent,
+            "status": summary.status,
+        }
 
     return once
 

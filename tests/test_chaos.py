@@ -144,6 +144,9 @@ def test_a_third_fails_one_pool_dies_and_nothing_good_is_lost(tmp_path: Path) ->
     assert asked >= {*rates} - {"hang", "huge", "rate"}, "some kind of failure never came"
     assert attempts["failed"] > ROWS * 0.25
 
+    # Who died is awarded nothing more while others live.
+    assert "frail" not in {row["pool"] for row in found.rows("awards") if row["round"] > 1}
+
     unreported, lost = hold_to_books(found, books)
     assert found.manifest["cost"] == str(total(found.rows("charges")))
     assert summary.cost == sum((book.cost for book in books.values()), Decimal(0)) + unreported + lost

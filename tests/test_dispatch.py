@@ -18,7 +18,7 @@ from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.store import Store
 from bidbeam.transforms import dispatch
 from bidbeam.transforms.booking import _settled_once
-from bidbeam.transforms.heartbeat import name_of
+from bidbeam.transforms.heartbeat import SoFar, name_of, so_far
 from bidbeam.transforms.journal import list_segments, read_segment, write_segment
 from bidbeam.transforms.settling import Terms, settle
 
@@ -191,3 +191,22 @@ def test_what_came_back_after_all_is_booked_as_settled(tmp_path: Path) -> None:
     rows = pa.concat_tables([read_segment(journal, name)[0] for name in list_segments(journal)])
     once = _settled_once(rows)
     assert {row["tag"]: row["status"] for row in once.to_pylist()} == {1: "lost", 2: "ok"}
+
+
+def test_pools_are_known_by_how_they_fared_in_the_rounds_before(tmp_path: Path) -> None:
+    """Counts add up over rounds and workers; down is who was down at the last, on all workers; a torn beat is none."""
+    scratch = Store.at(str(tmp_path))
+
+    def beat(prefix: str, **pools: tuple[int, int, str | None]) -> None:
+        rows = [{"pool": name, "settled": ok, "failed": bad, "down": why} for name, (ok, bad, why) in pools.items()]
+        scratch.create(name_of(prefix), json.dumps({"at": AT.isoformat(), "pools": rows}).encode())
+
+    beat("r001-s000", near=(5, 1, None), far=(0, 9, "gone"))
+    beat("r001-s001", near=(4, 0, "gone"))
+    beat("r002-s000", near=(1, 1, "gone"), late=(2, 0, None))
+    beat("r003-s000", near=(7, 7, None))
+    scratch.create(name_of("r002-s001"), b"{")
+    assert so_far(scratch, 2) == {"near": SoFar(9, 1, False, 1), "far": SoFar(0, 9, True, 1)}
+    assert {name: pool.down for name, pool in so_far(scratch, 3).items()} == {"near": True, "far": True, "late": False}
+    assert so_far(scratch, 4)["near"] == SoFar(17, 9, False, 3)
+    assert so_far(scratch, 1) == {}

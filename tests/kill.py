@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--answers-after", type=float, default=0.03, help="seconds that an answer takes")
+    parser.add_argument("--answers-after", type=float, default=0.06, help="seconds that an answer takes")
     parser.add_argument("--home", type=Path, help="where to work; else a temporary directory")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

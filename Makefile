@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## The example job on a real model through the real engine, 
 	@$(BIN)/python examples/demo/run.py
 
 test: $(INSTALLED)  ## The whole test suite, real engine included
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 check: $(INSTALLED)  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check

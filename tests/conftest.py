@@ -32,8 +32,8 @@ class ByFile(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    """What ``-n`` distributes by, whatever ``--dist`` says. Groups named by marks (``loadgroup``) do not get from pytest
-    9.2 to xdist 3.8."""
+    """What ``-n`` distributes by, whatever ``--dist`` says: groups named by marks (``loadgroup``) do not get from
+    pytest 9.2 to xdist 3.8."""
     config.option.loadscopereorder = False
     return ByFile(config, log)
 

@@ -24,6 +24,7 @@ class Watch:
         self._ended = threading.Event()
         self._began = time.monotonic()
         self._down: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
         self._seen = False
         self._thread = threading.Thread(target=self._keep, name="bidbeam-watch", daemon=True)
 
@@ -93,3 +94,7 @@ class Watch:
         if pool["down"] and pool["pool"] not in self._down:
             self._down.add(pool["pool"])
             self._progress.note(f"pool {pool['pool']} is down: {pool['down']}")
+        for note in pool.get("notes", ()):
+            if (pool["pool"], note) not in self._noted:
+                self._noted.add((pool["pool"], note))
+                self._progress.note(f"pool {pool['pool']}: {note}")

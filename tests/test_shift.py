@@ -19,7 +19,9 @@ from small_plans import Planned, make_context, make_plan, write_input
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import Interrupted, PoolDown
 from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
-from bidbeam.transforms import shift, stopping
+from bidbeam.pipelines.progress import NullProgress
+from bidbeam.pipelines.watch import Watch
+from bidbeam.transforms import breaker, heartbeat, shift, stopping
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
@@ -111,6 +113,16 @@ def _result(row: dict[str, Any], **given: Any) -> dict[str, Any]:
 def pool(name: str, prices: Any = TOKENS, **keys: Any) -> PoolSpec:
     kind = "vllm" if prices is HOURS else "openai"
     return PoolSpec(name, kind, {"m": "m"}, PriceSchedule(f"price-{name}", name, prices), Capacity(4), **keys)
+
+
+class Shown(NullProgress):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
 
 class Stage:
@@ -255,6 +267,66 @@ def test_a_pool_that_fails_more_than_it_answers_is_not_asked_again_in_the_round(
     task = stage.task({"near": 1, "far": stage.plan.lots.num_rows - 1}, "far")
     rows, unserved = stage.run(task, {"near": near, "far": far})
     assert sorted(far.tags) == list(range(24)) == tags(rows, status="ok")
+    assert unserved.num_rows == 0
+
+
+def test_lots_are_led_around_a_pool_whose_breaker_opens(tmp_path: Path) -> None:
+    """A pool that answers with errors alone gets no more than its breaker needs to see; its runner-up serves the rest,
+    what failed included, and the beats say so once."""
+    stage = Stage(tmp_path, rows=60)
+    near, far = Scripted(outcome=lambda tag: {"status": "failed", "error_class": "server"}), Scripted()
+    rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})
+    assert 5 <= len(near.tags) <= 5 + near.window
+    assert sorted(far.tags) == list(range(60)) == tags(rows, status="ok")
+    assert unserved.num_rows == 0
+    progress = Shown()
+    with Watch(stage.context, progress):
+        pass
+    assert [note for note in progress.notes if "near" in note] == [f"pool near: {shift._AILING}"]
+
+
+@pytest.mark.parametrize("failing", [9, 1000])
+def test_without_a_runner_up_a_failing_pool_is_probed_until_it_answers_or_counts_as_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """One request at a time: the first that is answered lets the others go; after six that are not the rest goes on to
+    the next round unsent, and the pool is down for its auction."""
+    monkeypatch.setattr(breaker, "FIRST_OPEN_S", 0.001)
+    stage, asked = Stage(tmp_path, rows=60), Counter[int]()
+
+    def outcome(tag: int) -> dict[str, Any]:
+        asked[tag] += 1
+        return {"status": "failed", "error_class": "timeout"} if asked.total() <= failing else {}
+
+    near = Scripted(outcome=outcome)
+    rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
+    if failing == 9:
+        assert tags(rows, status="ok") == list(range(60))
+        assert unserved.num_rows == 0
+        return
+    assert near.tags == list(range(len(near.tags)))
+    assert 5 + 6 <= len(near.tags) <= 5 + near.window + 6
+    assert places(unserved) == list(range(60))
+    assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {1, 2}
+    assert heartbeat.so_far(stage.context.scratch, 2)["near"].down
+
+
+@pytest.mark.parametrize("error_class", ["caller", "policy", "rate"])
+def test_what_is_not_the_pool_s_fault_opens_no_breaker(tmp_path: Path, error_class: str) -> None:
+    """Bad requests, forbidden ones and a pool that is merely asked too fast are all asked, in order."""
+    stage = Stage(tmp_path, rows=60)
+    near, far = Scripted(outcome=lambda tag: {"status": "failed", "error_class": error_class}), Scripted()
+    stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})
+    assert near.tags == list(range(60))
+
+
+def test_answers_that_do_not_stand_their_check_open_the_breaker(tmp_path: Path) -> None:
+    """Empty answers are the pool's failures, although it calls them answers."""
+    stage = Stage(tmp_path, rows=400)
+    near, far = Scripted(outcome=lambda tag: {"output": " "}), Scripted()
+    rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})
+    assert len(near.tags) < 400
+    assert tags(rows, status="ok") == list(range(400))
     assert unserved.num_rows == 0
 
 

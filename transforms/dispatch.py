@@ -130,17 +130,19 @@ def _lost(
             until[pool] = max(until.get(pool, at), at)
     known = pa.concat_arrays(settled) if settled else pa.array([], pa.binary(16))
     open_: dict[tuple[str, str], list[Dispatched]] = {}
-    for name in records:
+    # Backwards: what was written down for one pool, and then for another before it was sent, was sent by the last.
+    for name in reversed(records):
         try:
             record = read_dispatch(journal, name)
         except (pa.ArrowException, KeyError, ValueError):
             # A record that was not written whole let nothing through.
             continue
-        left = pc.invert(pc.is_in(record.requests.column("attempt_id").cast(pa.binary(16)), value_set=known))
-        requests = record.requests.filter(left)
+        ids = record.requests.column("attempt_id").cast(pa.binary(16))
+        requests = record.requests.filter(pc.invert(pc.is_in(ids, value_set=known)))
+        known = pa.concat_arrays([known, ids])
         if requests.num_rows:
             key = (record.terms.pool, record.terms.model)
-            open_.setdefault(key, []).append(Dispatched(requests, record.terms, record.at, record.setup_ms))
+            open_.setdefault(key, []).insert(0, Dispatched(requests, record.terms, record.at, record.setup_ms))
     ended = last_sign(journal, scratch_name, shift)
     lost: list[pa.RecordBatch] = []
     for (pool, _model), found in open_.items():

@@ -84,7 +84,8 @@ def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
                 "output_tokens": lane.output_tokens,
                 "ideal_cached_tokens": lane.ideal_cached_tokens,
                 "cost": str(lane.cost),
-                "down": lane.down,
+                "down": lane.down or lane.out,
+                "notes": lane.notes,
             }
             for lane in lanes
         ],

@@ -18,6 +18,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA, Engine, Lasting
 from bidbeam.connectors.errors import ModelError, PoolDown
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
+from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.engines import clock_ms
 from bidbeam.transforms.output_checks import check_answers
@@ -58,6 +59,8 @@ class Lane:
     """Whether the engine has loaded; nothing is sent before. Raises ModelError where it never will."""
     retire: Callable[[], None] | None = None
     """Gives back what was rented for this lane, before its books are closed: its time counts, used or not."""
+    checks: bool = True
+    """Whether answers are held against what was asked; a rehearsal's are made up."""
     recount: Callable[[pa.RecordBatch], pa.Array] | None = None
     """Our own count of the answers' tokens (int64), where the model's tokenizer is known and the pool is not ours."""
     reserved_ms: int | None = None
@@ -69,6 +72,13 @@ class Lane:
     """Whether it has given requests back unsent: it is going down, and gets no more."""
     stopped: str | None = None
     """Why it gets no more requests in this shift (budget, deadline, interrupted)."""
+    out: str | None = None
+    """Why it counts as down although its engine lives; what is in flight still comes back."""
+    breaker: Breaker = field(default_factory=Breaker)
+    heeded: int = 0
+    """How many openings of the breaker its lots were led around."""
+    notes: list[str] = field(default_factory=list)
+    """What people should be told of it, once each."""
     used_ms: int = 0
     lots: dict[str, Lot] = field(default_factory=dict)
     submitted: int = 0
@@ -112,7 +122,9 @@ class Lane:
     @property
     def hungry(self) -> bool:
         """Whether it takes more at this very moment."""
-        return self.waiting and self._ready and self.engine.room > 0 and not self._held_up
+        return (
+            self.waiting and self._ready and self.engine.room > 0 and not self._held_up and self.breaker.allowance > 0
+        )
 
     @property
     def _held_up(self) -> bool:
@@ -122,7 +134,7 @@ class Lane:
     @property
     def open(self) -> bool:
         """Whether it takes requests."""
-        return not self.down and not self.stopped and not self.closing
+        return not self.down and not self.stopped and not self.closing and not self.out
 
     @property
     def pending_results(self) -> int:
@@ -144,7 +156,7 @@ class Lane:
                     if self._opened is None:
                         continue
                     self.lots[self._opened.lot_id] = lot
-                room = min(room, self._note_ahead(self._opened))
+                room = min(room, self._note_ahead(self._opened), self.breaker.allowance)
                 if room == 0:
                     break
                 part = self._opened.requests.slice(self._at, room)
@@ -153,6 +165,7 @@ class Lane:
                     self._closed_ms = clock_ms()
                 # An engine that is gone takes nothing: these rows are then left over.
                 self.engine.submit(part)
+                self.breaker.sent(part.column("tag")[0].as_py())
                 self._outstanding.append(self._opened.info.slice(self._at, room))
                 self._at += part.num_rows
                 self.submitted += part.num_rows
@@ -205,9 +218,36 @@ class Lane:
             lots = np.array(back.column("lot_id").cast(pa.string()).to_pylist(), dtype=object)
             for lot_id in dict.fromkeys(lots.tolist()):
                 self._returned.append((self.lots[lot_id], back.column("tag").to_numpy()[lots == lot_id]))
+            if self.breaker.probe in back.column("tag").to_pylist():
+                self.breaker.probed(None)
             batch = batch.filter(pc.invert(unsent))
         if batch.num_rows:
+            self._weigh(batch)
             self._results.append(batch)
+
+    def _weigh(self, batch: pa.RecordBatch) -> None:
+        """Tells the breaker how requests ended; whether answers are any good is found when they are settled."""
+        if isinstance(self.engine, Lasting):
+            # A batch is one outcome, hours old: the next auction weighs it.
+            return
+        answered = int(pc.sum(pc.equal(batch.column("status"), "ok")).as_py() or 0)
+        failed = _against(batch) if answered < batch.num_rows else None
+        if (probe := self.breaker.probe) is not None and probe in (tags := batch.column("tag").to_pylist()):
+            at = tags.index(probe)
+            if batch.column("status")[at].as_py() != "ok":
+                self.breaker.probed(False if failed is not None and failed[at].as_py() else None)
+        else:
+            self.breaker.note(answered, int(pc.sum(failed).as_py() or 0) if failed is not None else 0)
+
+    def _weigh_answers(self, before: pa.RecordBatch, checked: pa.RecordBatch) -> None:
+        """Tells the breaker of answers that did not stand their check, and of a probe that did."""
+        if isinstance(self.engine, Lasting):
+            return
+        probe = self.breaker.probe
+        if probe is not None and probe in (tags := checked.column("tag").to_pylist()):
+            self.breaker.probed(checked.column("status")[tags.index(probe)].as_py() == "ok")
+        elif checked is not before:
+            self.breaker.spoil(pc.sum(pc.and_(_against(checked), pc.equal(before.column("status"), "ok"))).as_py() or 0)
 
     def mark_down(self, why: str) -> None:
         self.down = why
@@ -260,7 +300,9 @@ class Lane:
                 rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
                 requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
             if results.num_rows:
-                results = check_answers(requests.column("sampling"), results)
+                checked = check_answers(requests.column("sampling"), results)
+                self._weigh_answers(results, checked)
+                results = checked
                 counted = self.recount(results) if self.recount is not None else None
                 milliseconds = busy if metered else None
                 rows.append(
@@ -354,6 +396,12 @@ class Lane:
             [columns[f.name] if f.name in columns else pa.nulls(len(lost), f.type) for f in RESULT_SCHEMA],
             schema=RESULT_SCHEMA,
         )
+
+
+def _against(results: pa.RecordBatch) -> pa.Array:
+    """Which results speak against the pool (bool[n])."""
+    counted = pc.is_in(results.column("error_class"), value_set=pa.array(sorted(COUNTED)))
+    return pc.and_(pc.not_equal(results.column("status"), "ok"), counted)
 
 
 def _outcome_unknown(results: pa.RecordBatch) -> pa.Array | None:

@@ -59,6 +59,8 @@ _WRITES_AHEAD = 2
 _GRACE_S = 10.0
 """Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
 
+_AILING = "most of what it was asked of late failed; it gets one request at a time until one is answered"
+
 NO_SECOND_TRY = frozenset({"caller", "policy"})
 """Classes of error that another pool would answer the same way: final at once."""
 
@@ -275,6 +277,7 @@ class Shift:
                 round=self._task.round,
                 loaded=slot.loaded,
                 retire=slot.retire,
+                checks=not self._context.rehearse,
                 recount=self._recount(pool, model),
                 reserved_ms=reserved_ms,
             )
@@ -348,7 +351,8 @@ class Shift:
         if lane.breaker.gave_up:
             lane.out = "most of what it was asked failed, and so did every probe since"
             return
-        lane.notes.append("most of what it was asked of late failed: it gets one request at a time until one succeeds")
+        if _AILING not in lane.notes:
+            lane.notes.append(_AILING)
         waiting: list[Lot] = []
         for lot, tags in lane.leftover():
             target, part = self._runner_up(lot), {**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes()}
@@ -452,7 +456,11 @@ class Shift:
         """The lanes that the market found good for a lot, its own first, as far as they take and answer requests."""
         for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
             lane = next(
-                (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open and lane.breaker.closed),
+                (
+                    lane
+                    for key, lane in self._lanes.items()
+                    if key[:2] == (pool, lot["model"]) and lane.open and lane.breaker.closed
+                ),
                 None,
             )
             # What is gathered for a batch takes hours to come back: that is for the next round to weigh.

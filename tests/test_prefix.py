@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, takewhile
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bidbeam.transforms import prefix
 from bidbeam.transforms.prefix import cacheable_tokens, common_prefix_bytes
 
 KEY_TYPES = [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()]
@@ -52,6 +54,17 @@ def test_common_prefixes_of_bytes_are_those_of_a_naive_count(keys: list[bytes], 
 def test_common_prefixes_of_text_are_counted_in_bytes(keys: list[str], type_: pa.DataType) -> None:
     """Text counts by its UTF-8 bytes, characters of several bytes included."""
     assert common_prefix_bytes(pa.array(keys, type_)).tolist() == naive([key.encode() for key in keys])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), pieces.map(b"".join)), max_size=40), st.sampled_from([1, 2, 3, 7, 64]))
+def test_what_the_ends_of_a_sorted_block_share_need_not_be_compared(rows: list[tuple[int, bytes]], block: int) -> None:
+    """Keys that are known to be sorted within their groups count as any others do, however many stand in a block."""
+    rows = sorted(rows)
+    keys = pa.array([key for _, key in rows], pa.binary())
+    groups = np.array([group for group, _ in rows], np.int64)
+    with mock.patch.object(prefix, "_BLOCK", block):
+        found = common_prefix_bytes(keys, np.arange(len(rows)), groups)
+    assert found.tolist() == naive([key for _, key in rows])
 
 
 @given(keys_of_bytes, st.data(), st.sampled_from(KEY_TYPES[:2]))

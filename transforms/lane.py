@@ -300,7 +300,7 @@ class Lane:
                 rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
                 requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
             if results.num_rows:
-                checked = check_answers(requests.column("sampling"), results)
+                checked = check_answers(requests.column("sampling"), results) if self.checks else results
                 self._weigh_answers(results, checked)
                 results = checked
                 counted = self.recount(results) if self.recount is not None else None

@@ -89,7 +89,7 @@ def order_rows(
     dead = _repeated(spills, range_, column["row"], repeated_ids)[order]
     content = column["content"].take(take)
     greedy = column["greedy"].take(take).to_numpy(zero_copy_only=False)
-    common = common_prefix_bytes(column["key"], order)
+    common = common_prefix_bytes(column["key"], order, groups)
     shared = _shared_tokens(common, column["key_width"].take(take), groups)
     lengths = pc.binary_length(column["key"]).to_numpy().astype(np.int64)[order]
     keys, leader = _occurrences(content, groups, greedy, dead, _has_equal_neighbours(common, lengths))

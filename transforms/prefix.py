@@ -10,6 +10,7 @@ Int64s = npt.NDArray[np.int64]
 
 _WORD = 8
 _STRIDE = 32
+_BLOCK = 64
 
 
 def _layout(keys: pa.Array) -> tuple[npt.NDArray[np.uint8], Int64s]:
@@ -23,24 +24,41 @@ def _layout(keys: pa.Array) -> tuple[npt.NDArray[np.uint8], Int64s]:
     return data, offsets[keys.offset : keys.offset + len(keys) + 1].astype(np.int64)
 
 
-def common_prefix_bytes(keys: pa.Array, order: Int64s | None = None) -> Int64s:
+def common_prefix_bytes(keys: pa.Array, order: Int64s | None = None, sorted_within: Int64s | None = None) -> Int64s:
     """For each key the length in bytes of the prefix it shares with the key before it; 0 for the first. Shape (n,).
 
     ``order`` says which key stands at each place (all of them in their own order by default), so that keys need not
-    be moved to be compared. Keys are never null. Compares 32 bytes of all still-equal neighbours at a time, so that the
-    work is the length of what is shared.
+    be moved to be compared. Keys are never null. ``sorted_within`` (n,) ascends with the places, and says that keys of
+    equal code ascend too: what the ends of a block share, all within it share, and only the rest is compared.
     """
     n = len(keys)
-    shared = np.zeros(n, np.int64)
     if n < 2:
-        return shared
+        return np.zeros(n, np.int64)
     data, offsets = _layout(keys)
     starts, lengths = offsets[:-1], np.diff(offsets)
     if order is not None:
         starts, lengths = starts[order], lengths[order]
-    most = np.minimum(lengths[1:], lengths[:-1])
+    known = np.zeros(n - 1, np.int64)
+    if sorted_within is not None:
+        first = np.arange(0, n - 1, _BLOCK)
+        last = np.minimum(first + _BLOCK, n - 1)
+        alike = sorted_within[first] == sorted_within[last]
+        ends = np.zeros(len(first), np.int64)
+        one, other = first[alike], last[alike]
+        ends[alike] = _shared(data, starts[one], starts[other], np.minimum(lengths[one], lengths[other]))
+        known = np.repeat(ends, last - first)
+    most = np.minimum(lengths[1:], lengths[:-1]) - known
+    return np.concatenate([[0], known + _shared(data, starts[:-1] + known, starts[1:] + known, most)])
+
+
+def _shared(data: npt.NDArray[np.uint8], left: Int64s, right: Int64s, most: Int64s) -> Int64s:
+    """How many of at most ``most`` bytes are equal from ``left`` and ``right`` on. Shape (pairs,).
+
+    Compares 32 bytes of all still-equal pairs at a time, so that the work is the length of what is shared.
+    """
+    shared = np.zeros(len(left), np.int64)
     rows = np.flatnonzero(most > 0)
-    left, right, most = starts[:-1][rows], starts[1:][rows], most[rows]
+    left, right, most = left[rows], right[rows], most[rows]
     for width in (_STRIDE, _WORD):
         # Words at every offset, ``width`` bytes of them a load; unaligned loads are as good as any here.
         if len(data) < width:
@@ -75,10 +93,10 @@ def _compare(
             word = unlike[np.arange(len(unlike)), first]
             # The lowest set bit lies in the first byte that differs.
             lowest = word & (~word + np.uint64(1))
-            shared[rows[different] + 1] += first * _WORD + np.log2(lowest.astype(np.float64)).astype(np.int64) // 8
+            shared[rows[different]] += first * _WORD + np.log2(lowest.astype(np.float64)).astype(np.int64) // 8
             equal = ~different
             rows, left, right, most = rows[equal], left[equal], right[equal], most[equal]
-        shared[rows + 1] += width
+        shared[rows] += width
         left, right, most = left + width, right + width, most - width
     if not ended:
         empty = np.zeros(0, np.int64)
@@ -98,7 +116,7 @@ def _finish(
         rows, left, right, most = rows[same], left[same], right[same], most[same]
         if not len(rows):
             return
-        shared[rows + 1] += 1
+        shared[rows] += 1
 
 
 def cacheable_tokens(shared_tokens: Int64s, input_tokens: Int64s, block: int | Int64s) -> Int64s:

@@ -90,6 +90,8 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal:
         if spec.price.by_time:
             rate = context.fx_rates.get(spec.price.currency, Decimal(1))
             seconds = sum(held_s(number, spec) for number in range(1, rounds + 1)) * spec.capacity.workers
+            # Each model is loaded by engines of its own.
+            seconds *= sum(model in context.models for model in spec.models)
             total += spec.price.unit_prices["accelerator_second"] * Decimal(seconds) * rate
     return total if context.max_cost is None else min(total, context.max_cost)
 

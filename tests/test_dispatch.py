@@ -120,6 +120,17 @@ def test_what_was_dispatched_and_not_settled_is_lost_once(
     assert list(dispatch.book_open(journal, START)) == []
 
 
+def test_what_was_written_down_for_two_pools_is_lost_at_the_last(tmp_path: Path) -> None:
+    """A lot that was led around a pool before it was sent there is booked once, under the terms it went out under."""
+    journal = Store.at(str(tmp_path))
+    write(journal, 1, 1, 2, 3)
+    write(journal, 2, 2, 3, of=terms("far", uncached_input="2E-7", output="4E-7"))
+    (booked,) = dispatch.book_open(journal, START)
+    rows = lost(journal).to_pylist()
+    assert sorted((row["tag"], row["pool"]) for row in rows) == [(1, "near"), (2, "far"), (3, "far")]
+    assert booked.cost == sum(row["cost"] for row in rows) == Decimal("50E-7") + 48 * Decimal("4E-7")
+
+
 def test_a_shift_that_ended_has_nothing_open(tmp_path: Path) -> None:
     """Its marker says so, and saying it twice does no harm; another shift's records are that shift's."""
     journal = Store.at(str(tmp_path))

@@ -152,8 +152,15 @@ class Stage:
     def run(self, task: ShiftTask, engines: dict[str, Scripted], **keys: Any) -> tuple[pa.Table, pa.Table]:
         """The rows of all segments that the shift gave, and what it left unserved."""
         context = keys.pop("context", self.context)
+        again = keys.pop("again", {})
         slots = {name: Slot(engine, lambda timeout_s: 7) for name, engine in engines.items()}
-        working = Shift(task, context, self.plan.spills, slot=lambda name, model, replica: slots[name], **keys)
+
+        def slot(name: str, model: str, replica: int) -> Slot:
+            if slots[name].dead and again.get(name):
+                slots[name] = Slot(again[name].pop(0), lambda timeout_s: 7)
+            return slots[name]
+
+        working = Shift(task, context, self.plan.spills, slot=slot, **keys)
         segments: list[SegmentRef] = []
         unserved = None
         for result in working.run():
@@ -221,6 +228,44 @@ def test_a_dead_engine_paid_by_time_costs_its_seconds_and_no_tokens(tmp_path: Pa
     setup = [row for row in rows.to_pylist() if row["q_setup"] is not None]
     assert [row["q_setup"] for row in setup] == [Decimal("0.007")]
     assert all(row["tag"] is None and row["kind"] == "overhead" for row in setup)
+
+
+@pytest.mark.parametrize("prices", [HOURS, TOKENS])
+def test_an_engine_of_ours_that_dies_is_started_again_once(tmp_path: Path, prices: Any) -> None:
+    """What was in flight is booked with the seconds it took, or at its worst case; the rest of the queue stays. When it
+    dies again its lots move on to the runner-up."""
+    own = replace(pool("own", prices), kind="vllm")
+    stage = Stage(tmp_path, rows=60, pools=(own, pool("far")))
+    task = stage.task({"own": stage.plan.lots.num_rows}, "far")
+    first, second, far = Scripted(4, dies_after=3), Scripted(), Scripted()
+    rows, unserved = stage.run(task, {"own": first, "far": far}, again={"own": [second]})
+    died = first.tags[3:]
+    ended = "failed" if prices is HOURS else "lost"
+    assert len(died) == 4
+    assert tags(rows, status=ended, pool="own") == died
+    # What is lost may have been served, and is not asked again in the round.
+    assert sorted(set(second.tags)) == sorted(set(range(60)) - set(first.tags[: 3 if prices is HOURS else 7]))
+    served = tags(rows, status="ok")
+    assert sorted([*served, *places(unserved)]) == list(range(60))
+    assert (far.tags, places(unserved)) == ([], [] if prices is HOURS else died)
+    ids = rows.column("attempt_id").to_pylist()
+    assert len(set(ids)) == len(ids)
+    setups = [row["q_setup"] for row in rows.to_pylist() if row["q_setup"] is not None]
+    assert setups == ([Decimal("0.007")] * 2 if prices is HOURS else [])
+
+
+def test_an_engine_that_dies_twice_gives_its_lots_away(tmp_path: Path) -> None:
+    """It is not started a third time in one shift."""
+    stage = Stage(tmp_path, rows=60, pools=(pool("own", HOURS), pool("far")))
+    task = stage.task({"own": stage.plan.lots.num_rows}, "far")
+    first, second, third, far = Scripted(4, dies_after=3), Scripted(4, dies_after=2), Scripted(), Scripted()
+    rows, unserved = stage.run(task, {"own": first, "far": far}, again={"own": [second, third]})
+    assert third.tags == []
+    assert len(first.tags) == 7
+    assert 2 <= len(second.tags) <= 6
+    assert tags(rows, status="failed", pool="own") == sorted([*first.tags[3:], *second.tags[2:]])
+    assert sorted([*tags(rows, status="ok"), *places(unserved)]) == list(range(60))
+    assert len(set(first.tags) | set(second.tags) | set(far.tags)) == 60
 
 
 def test_without_a_runner_up_what_was_not_sent_keeps_its_first_attempt(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -157,7 +156,8 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         pa.repeat(pa.scalar(round_, pa.int16()), lots.num_rows),
     )
     budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
-    pools, held = _afford_engines(context, round_, pool_states(context, now), budget)
+    wanted = set(lots.column("model").to_pylist())
+    pools, held = _afford_engines(context, round_, pool_states(context, now), wanted, budget)
     bids = prefer_untried(
         make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
         lots.column("failed_on").to_pylist(),
@@ -233,37 +233,51 @@ def terms_of(context: RunContext, spec: PoolSpec, model: str) -> Terms:
 def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearing) -> Iterator[ShiftTask]:
     """One shift per set of engines that can be driven together: remote pools and first engines share shift 0.
 
-    A pool with several engines of ours has its lots cut into as many contiguous parts, one a shift.
+    A pool with several engines of ours has its lots cut into as many contiguous parts, one a shift; each model has
+    engines of its own. What may be spent is each shift's own: they run side by side and cannot see each other's bills.
     """
     specs = {spec.name: spec for spec in context.pools}
     names = [state.spec.name for state in cleared.bids.pools]
     fallback = pa.array([names[at] if at >= 0 else None for at in cleared.fallback], pa.string())
     offered = lots.append_column("runner_up", fallback)
     terms = {(name, model): terms_of(context, spec, model) for name, spec in specs.items() for model in spec.models}
-    by_shift: dict[int, list[Award]] = defaultdict(list)
-    for name, rows in cleared.lots_of.items():
+    models, by_shift = lots.column("model").to_pylist(), dict[int, list[Award]]()
+    may_cost, bound = _may_cost(cleared), dict[int, Decimal]()
+    for name, won in cleared.lots_of.items():
         spec = specs[name]
         engines = spec.capacity.workers if spec.kind == "vllm" else 1
-        seconds = cleared.reserved_seconds.get(name)
         # Only a budget makes time a wall: without one a slow engine may take as long as it takes.
-        walled = seconds is not None and context.max_cost is not None
-        for replica, part in enumerate(_contiguous(rows, engines, offered)):
-            by_shift[replica].append(
-                Award(
+        walled = spec.price.by_time and context.max_cost is not None
+        seconds = cleared.bids.worst_case_seconds(names.index(name)) if walled else None
+        for model in sorted({models[row] for row in won}):
+            rows = [row for row in won if models[row] == model]
+            for replica, part in enumerate(_contiguous(rows, engines, offered)):
+                held = held_s(round_, spec)
+                award = Award(
                     pool=name,
                     replica=replica,
                     lots=offered.take(pa.array(part)),
-                    terms={model: terms[name, model] for model in spec.models},
-                    reserved_ms=round(((seconds or 0.0) / engines + held_s(round_, spec)) * 1000) if walled else None,
+                    terms={model: terms[name, model]},
+                    reserved_ms=None if seconds is None else round((float(seconds[part].sum()) + held) * 1000),
                 )
-            )
-    by_time = [state.spec.price.by_time for state in cleared.bids.pools]
-    timed = [
-        cost for pool, cost in zip(cleared.pool_of, cleared.reserved, strict=True) if cost is not None and by_time[pool]
-    ]
-    reserved = None if context.max_cost is None else cleared.committed - sum(timed, Decimal(0))
+                by_shift.setdefault(replica, []).append(award)
+                bound[replica] = sum((may_cost[row] for row in part), bound.get(replica, Decimal(0)))
     for number, awards in sorted(by_shift.items()):
+        reserved = None if context.max_cost is None else bound[number]
         yield ShiftTask(round_, number, tuple(awards), terms, reserved)
+
+
+def _may_cost(cleared: Clearing) -> list[Decimal]:
+    """USD that each lot may cost in this round on pools paid by the token: on its winner and on its fallback."""
+    costs = [Decimal(0)] * len(cleared.pool_of)
+    for pool_of in (cleared.pool_of, cleared.fallback):
+        for at, pool in enumerate(cleared.bids.pools):
+            lots = np.flatnonzero(pool_of == at)
+            if len(lots) and not pool.spec.price.by_time:
+                worst = cleared.bids.worst_case_cost(at).take(pa.array(lots)).to_pylist()
+                for lot, cost in zip(lots, worst, strict=True):
+                    costs[lot] += cost
+    return costs
 
 
 def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[int]]:
@@ -289,9 +303,10 @@ def held_s(round_: int, spec: PoolSpec) -> float:
 
 
 def _afford_engines(
-    context: RunContext, round_: int, states: list[PoolState], budget: Decimal | None
+    context: RunContext, round_: int, states: list[PoolState], wanted: Collection[str], budget: Decimal | None
 ) -> tuple[list[PoolState], Decimal]:
-    """The pools, and what to hold back of the budget (USD) for engines that are paid by time.
+    """The pools, and what to hold back of the budget (USD) for engines that are paid by time: those of each model that
+    is ``wanted``.
 
     An engine whose mere loading would take the budget is left out: it bids with no capacity.
     """
@@ -303,7 +318,8 @@ def _afford_engines(
         if not price.by_time:
             continue
         rate = context.fx_rates.get(price.currency, Decimal(1))
-        seconds = Decimal(held_s(round_, state.spec)) * state.spec.capacity.workers
+        engines = state.spec.capacity.workers * sum(model in wanted for model in state.spec.models)
+        seconds = Decimal(held_s(round_, state.spec)) * engines
         cost = price.unit_prices["accelerator_second"] * seconds * rate
         if held + cost <= budget:
             held += cost

@@ -65,15 +65,6 @@ class Clearing:
         }
 
     @property
-    def reserved_seconds(self) -> dict[str, float]:
-        """Pool name -> engine seconds reserved for its awards; only pools paid by time that won something."""
-        return {
-            pool.spec.name: float(self.bids.worst_case_seconds(at)[self.pool_of == at].sum())
-            for at, pool in enumerate(self.bids.pools)
-            if pool.spec.price.by_time and np.any(self.pool_of == at)
-        }
-
-    @property
     def finish_at(self) -> dict[str, datetime | None]:
         """Pool name -> when it is expected to be done with its awards; None where its speed is unknown."""
         done = {}
@@ -161,9 +152,11 @@ def clear(
         unserved[lot] = bids.unserved_reason(int(lot)) or "no_eligible_pool"
     worst = _WorstCases(bids)
     if budget is not None and _total(worst.of(pool_of)) > budget:
-        affordable = _within_budget(market, bids, pool_of, worst, budget)
+        affordable = _within_budget(market, bids, pool_of, worst, budget, soft)
         unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (affordable < 0)), "budget"))
         pool_of = affordable
+        if soft:
+            market = market.within(np.maximum(market.room, market.load(pool_of)))
         unserved = {lot: reason for lot, reason in unserved.items() if pool_of[lot] < 0}
     reserved = tuple(worst.of(pool_of))
     committed = _total(reserved)
@@ -260,18 +253,21 @@ def _total(costs: Iterable[Decimal | None]) -> Decimal:
     return sum((cost for cost in costs if cost is not None), Decimal(0))
 
 
-def _within_budget(market: Market, bids: BidMatrix, pool_of: Ints, worst: _WorstCases, budget: Decimal) -> Ints:
+def _within_budget(
+    market: Market, bids: BidMatrix, pool_of: Ints, worst: _WorstCases, budget: Decimal, soft: bool
+) -> Ints:
     """The assignment with what the budget cannot cover left out: the cheapest per answer are covered first.
 
     The lots are covered where they are, or dealt anew from the cheapest on, whichever serves more requests; what is
-    then served is allocated once more, for the room that the others leave.
+    then served is allocated once more, for the room that the others leave. ``soft`` room keeps no lot waiting.
     """
     asked = np.maximum(bids.lots.requests, 1)
     dealt = np.where(pool_of >= 0, bids.score[np.arange(len(pool_of)), pool_of], np.inf)
     nobody = np.full_like(pool_of, UNSERVED)
+    cheapest = np.argsort(bids.score.min(axis=1) / asked, kind="stable")
     tried = [
-        _cover(market, bids, pool_of, np.argsort(dealt / asked, kind="stable"), worst, budget),
-        _cover(market, bids, nobody, np.argsort(bids.score.min(axis=1) / asked, kind="stable"), worst, budget),
+        _cover(market, bids, nobody, pool_of, np.argsort(dealt / asked, kind="stable"), worst, budget),
+        _cover(market, bids, nobody, nobody, cheapest, worst, budget),
     ]
     best = min(tried, key=market.regarded)
     served = np.flatnonzero(best >= 0)
@@ -279,13 +275,19 @@ def _within_budget(market: Market, bids: BidMatrix, pool_of: Ints, worst: _Worst
         anew = allocate(market.only(served)).pool_of
         if np.all(anew >= 0) and sum(map(worst, served, anew), Decimal(0)) <= budget:
             best[served] = anew
-    return best
+    # Dealt anew they may leave money or room for one more.
+    rest = market.within(np.full(len(market.room), np.inf)) if soft else market
+    return _cover(rest, bids, best, nobody, cheapest[best[cheapest] < 0], worst, budget)
 
 
-def _cover(market: Market, bids: BidMatrix, pool_of: Ints, order: Ints, worst: _WorstCases, budget: Decimal) -> Ints:
-    """Lots in this order, each on its pool in ``pool_of`` or else the cheapest with room, as far as the budget goes."""
-    left, covered = budget, np.full_like(pool_of, UNSERVED)
-    room = market.room - market.load(pool_of)
+def _cover(
+    market: Market, bids: BidMatrix, covered: Ints, pool_of: Ints, order: Ints, worst: _WorstCases, budget: Decimal
+) -> Ints:
+    """What is ``covered`` already, and lots in this order, each on its pool in ``pool_of`` or else the cheapest with
+    room, as far as the budget goes."""
+    left, covered = budget - _total(worst.of(covered)), covered.copy()
+    wanted = np.where(covered >= 0, covered, pool_of)
+    room = market.room - market.load(wanted)
     for lot in order:
         here = int(pool_of[lot])
         if here >= 0:

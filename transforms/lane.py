@@ -79,6 +79,8 @@ class Lane:
     """How many openings of the breaker its lots were led around."""
     notes: list[str] = field(default_factory=list)
     """What people should be told of it, once each."""
+    restarted: bool = False
+    """Whether its engine was started again in this shift."""
     used_ms: int = 0
     lots: dict[str, Lot] = field(default_factory=dict)
     submitted: int = 0
@@ -103,6 +105,8 @@ class Lane:
     _returned: list[tuple[Lot, Tags]] = field(default_factory=list)
     _overheads: int = 0
     _ready: bool = False
+    _used: bool = False
+    """Whether this engine was sent anything."""
     _closed_ms: int = 0
 
     @property
@@ -169,6 +173,7 @@ class Lane:
                 self._outstanding.append(self._opened.info.slice(self._at, room))
                 self._at += part.num_rows
                 self.submitted += part.num_rows
+                self._used = True
                 if self._at >= self._opened.requests.num_rows:
                     self._opened = None
             if not self.waiting and isinstance(self.engine, Lasting):
@@ -252,6 +257,26 @@ class Lane:
     def mark_down(self, why: str) -> None:
         self.down = why
 
+    @property
+    def restartable(self) -> bool:
+        """Whether it went down at work, for the first time, and has something left to send."""
+        left = self._opened is not None or bool(self.queue)
+        return bool(self.down) and self._ready and left and not self.restarted and not self.stopped
+
+    def restart(
+        self,
+        engine: Engine,
+        meter: Callable[[], AcceleratorMeter] | None,
+        loaded: Callable[[], bool],
+        announce: Callable[[pa.RecordBatch], Future[None]] | None,
+    ) -> None:
+        """Goes on with another engine, once the books of the one that is gone are closed: see ``settle``."""
+        self.notes.append(f"its engine went down and was started again: {self.down}"[:300])
+        self.engine, self.meter, self.loaded, self.announce = engine, meter, loaded, announce
+        self.down, self.closing, self.restarted = None, False, True
+        self._ready = self._used = False
+        self.breaker, self.heeded = Breaker(), 0
+
     def leftover(self) -> list[tuple[Lot, Tags]]:
         """Lots, or the unsent parts of lots, that nobody was asked for: (lot, tags not sent). Empties the queue."""
         left, self._returned = self._returned, []
@@ -280,7 +305,7 @@ class Lane:
             self._results.append(self._died(now))
         rows: list[pa.RecordBatch] = []
         busy = idle = 0
-        counts = self.submitted or self.retire is not None
+        counts = self._used or self.retire is not None
         if metered and self.meter is not None and counts and (self._results or final):
             meter = self.meter()
             if self.engine_in_flight == 0:

@@ -152,6 +152,8 @@ class Shift:
         self._writing: deque[Future[SegmentRef]] = deque()
         self._failed: dict[_LotTry, _Left] = {}
         self._unsent: dict[_LotTry, _Left] = {}
+        self._closed_books: list[tuple[pa.Table, Terms]] = []
+        """Of engines that are gone, and were started again: SEGMENT rows that are still to be written."""
         self._retries = Retries()
         self._retrying = Decimal(0)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
@@ -174,8 +176,10 @@ class Shift:
                 stop_at = self._check_walls(stop_at)
                 for lane in list(self._lanes.values()):
                     lane.fill()
-                for lane in list(self._lanes.values()):
+                for key, lane in list(self._lanes.items()):
                     lane.poll()
+                    if lane.restartable:
+                        self._restart(key, lane)
                     self._heed(lane)
                     if not lane.open:
                         self._hand_over(lane)
@@ -342,6 +346,24 @@ class Shift:
             else:
                 self._keep_unsent(lot, tags, "server", lane.pool)
 
+    def _restart(self, key: tuple[str, str, int], lane: Lane) -> None:
+        """Starts an engine of our own again that crashed or hung: what was in flight is booked as failed, the rest of
+        its lots stay with it. The second time they move on."""
+        if self._specs[lane.pool].kind != "vllm" or stopping.requested():
+            return
+        try:
+            slot = self._slot(*key)
+        except (ModelError, PoolDown):
+            return
+        if slot.dead:
+            return
+        if (rows := lane.settle(final=True)) is not None:
+            self._closed_books.append((rows, lane.terms))
+        self._slots[key] = slot
+        slot.engine.listen(self._wake.set)
+        meter = slot.meter if lane.terms.price.by_time else None
+        lane.restart(slot.engine, meter, slot.loaded, self._announcer(slot, lane.terms))
+
     def _heed(self, lane: Lane) -> None:
         """Leads lots around a pool whose breaker has opened, where a runner-up is at work; what has none waits for the
         probes. A pool that no probe has reached counts as down."""
@@ -488,7 +510,9 @@ class Shift:
         return True
 
     def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
-        parts, terms = [], {}
+        closed, self._closed_books = self._closed_books, []
+        parts = [rows for rows, _ in closed]
+        terms = {(each.price.price_id, each.model): each for _, each in closed}
         for lane in self._lanes.values():
             settled = lane.settle(final=final), settle_strays(lane.engine, lane.terms)
             if any(rows is not None for rows in settled):

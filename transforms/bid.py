@@ -163,7 +163,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         lots.column("failed_on").to_pylist(),
         {name for name, pool in so_far(context.scratch, round_).items() if pool.down} if round_ > 1 else (),
     )
-    cleared = clear(bids, budget=None if budget is None else budget - held, payment=context.payment)
+    bids, cleared = _cleared(bids, budget, held, context.payment)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
     left = lots.set_column(
@@ -184,6 +184,25 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     )
 
 
+def _cleared(
+    bids: BidMatrix, budget: Decimal | None, held: dict[str, Decimal], payment: str
+) -> tuple[BidMatrix, Clearing]:
+    """Clears with what is left of the budget (USD) beside what engines are ``held`` for, by pool; where lots wait for
+    money, without the engines that won nothing, until what is held is held for those that work."""
+    if budget is None:
+        return bids, clear(bids, budget=None, payment=payment)
+    bidding = {pool.spec.name for at, pool in enumerate(bids.pools) if bids.eligible[:, at].any()}
+    held = {name: cost for name, cost in held.items() if name in bidding}
+    while True:
+        cleared = clear(bids, budget=budget - sum(held.values(), Decimal(0)), payment=payment)
+        idle = [name for name, cost in held.items() if cost and name not in cleared.lots_of]
+        if not idle or "budget" not in cleared.unserved.values():
+            return bids, cleared
+        held = {name: cost for name, cost in held.items() if name not in idle}
+        gone = np.array([pool.spec.name in idle for pool in bids.pools], bool)
+        bids = _taken_back(bids, bids.eligible & gone, "capacity")
+
+
 def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None], down: Collection[str] = ()) -> BidMatrix:
     """The bids without those of pools that went ``down`` in this run, nor those of pools that a lot's requests have
     failed on, wherever another pool may serve the lot.
@@ -200,8 +219,11 @@ def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None], d
 def _without(bids: BidMatrix, out: npt.NDArray[np.bool_], why: str) -> BidMatrix:
     """The bids without some, (lots, pools), wherever another is left for the lot."""
     out = out & bids.eligible & (bids.eligible & ~out).any(axis=1, keepdims=True)
-    if not out.any():
-        return bids
+    return _taken_back(bids, out, why) if out.any() else bids
+
+
+def _taken_back(bids: BidMatrix, out: npt.NDArray[np.bool_], why: str) -> BidMatrix:
+    """The bids without some, (lots, pools), which are eligible."""
     return replace(
         bids,
         reject=tuple(pc.if_else(pa.array(out[:, at]), why, reason) for at, reason in enumerate(bids.reject)),
@@ -304,15 +326,15 @@ def held_s(round_: int, spec: PoolSpec) -> float:
 
 def _afford_engines(
     context: RunContext, round_: int, states: list[PoolState], wanted: Collection[str], budget: Decimal | None
-) -> tuple[list[PoolState], Decimal]:
-    """The pools, and what to hold back of the budget (USD) for engines that are paid by time: those of each model that
-    is ``wanted``.
+) -> tuple[list[PoolState], dict[str, Decimal]]:
+    """The pools, and what to hold back of the budget (USD) for the engines of each that is paid by time: those of each
+    model that is ``wanted``.
 
     An engine whose mere loading would take the budget is left out: it bids with no capacity.
     """
     if budget is None:
-        return states, Decimal(0)
-    kept, held = list(states), Decimal(0)
+        return states, {}
+    kept, held = list(states), dict[str, Decimal]()
     for at, state in enumerate(states):
         price = state.spec.price
         if not price.by_time:
@@ -321,8 +343,8 @@ def _afford_engines(
         engines = state.spec.capacity.workers * sum(model in wanted for model in state.spec.models)
         seconds = Decimal(held_s(round_, state.spec)) * engines
         cost = price.unit_prices["accelerator_second"] * seconds * rate
-        if held + cost <= budget:
-            held += cost
+        if sum(held.values(), cost) <= budget:
+            held[state.spec.name] = cost
         else:
             kept[at] = replace(state, tokens_per_second=0.0)
     return kept, held

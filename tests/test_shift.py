@@ -22,6 +22,7 @@ from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import breaker, heartbeat, shift, stopping
+from bidbeam.transforms import engines as engine_slots
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
@@ -450,6 +451,30 @@ def test_reserved_time_is_a_wall(tmp_path: Path) -> None:
     assert places(unserved) == list(range(24))
     assert {lot["last_error"] for lot in unserved.to_pylist()} == {"budget"}
     assert all(lot["failed_on"] == [] for lot in unserved.to_pylist())
+
+
+def test_an_engine_that_idles_beyond_its_reserve_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it waits for others is paid for too: once that has used up its time, it is closed and costs no more."""
+    now_ms = [0]
+    monkeypatch.setattr(engine_slots, "clock_ms", lambda: now_ms[0])
+    stage = Stage(tmp_path, rows=120, pools=(pool("own", HOURS), pool("far")), max_cost=Decimal(1))
+
+    class Slow(Scripted):
+        def poll(self) -> list[pa.RecordBatch]:
+            now_ms[0] += 200 if self.in_flight else 0
+            return super().poll()
+
+    own = Scripted(64)
+    lots = stage.plan.lots.num_rows
+    rows, unserved = stage.run(stage.task({"own": 1, "far": lots - 1}, reserved_ms=2_000), {"own": own, "far": Slow(4)})
+    assert unserved.num_rows == 0
+    assert own.closed
+    seconds = sum(
+        (row[name] or Decimal(0) for row in rows.to_pylist() for name in ("q_accelerator_second", "q_setup")),
+        Decimal(0),
+    )
+    idle = sum((row["q_accelerator_idle_second"] or Decimal(0) for row in rows.to_pylist()), Decimal(0))
+    assert 0 < seconds + idle <= 2
 
 
 def test_a_pool_that_bills_more_than_was_reserved_is_bought_from_no_more(

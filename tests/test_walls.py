@@ -22,7 +22,7 @@ import pytest
 from generated_runs import IDLING_S, LOADING_S, Ground, Run, draw, ground
 
 from bidbeam.connectors.pools import PoolSpec
-from bidbeam.transforms import bid, breaker, engines, lane, shift
+from bidbeam.transforms import bid, breaker, engines, shift
 from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.journal import SegmentRef, read_segment, spent_on
@@ -59,7 +59,6 @@ def drive(run: Run) -> None:
     patch.setattr(bid, "_IDLE_HELD_S", IDLING_S)
     patch.setattr(breaker, "FIRST_OPEN_S", 0.0)
     patch.setattr(engines, "clock_ms", run.clock)
-    patch.setattr(lane, "clock_ms", run.clock)
     patch.setattr(shift, "time", SimpleNamespace(monotonic=run.clock.seconds))
     if run.prompt:
         patch.setattr(shift, "_SEGMENT_S", 0.0)

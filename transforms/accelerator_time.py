@@ -71,6 +71,11 @@ class AcceleratorMeter:
         self._busy_ms = self._idle_ms = 0
         return closed
 
+    @property
+    def open_ms(self) -> int:
+        """Milliseconds since the last close, busy and idle."""
+        return self._busy_ms + self._idle_ms + max(self._clock_ms() - self._until_ms, 0)
+
     def take_setup(self) -> int:
         """The milliseconds of setup that nobody was charged for yet."""
         taken, self.setup_ms = self.setup_ms, 0

@@ -20,7 +20,6 @@ from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
-from bidbeam.transforms.engines import clock_ms
 from bidbeam.transforms.output_checks import check_answers
 from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
 
@@ -107,7 +106,8 @@ class Lane:
     _ready: bool = False
     _used: bool = False
     """Whether this engine was sent anything."""
-    _closed_ms: int = 0
+    _let_go_ms: tuple[int, int, int] | None = None
+    """What an engine that was let go had taken and nobody was charged for: busy, idle and setup."""
 
     @property
     def idle(self) -> bool:
@@ -166,7 +166,6 @@ class Lane:
                 part = self._opened.requests.slice(self._at, room)
                 if self.meter is not None and self.engine.in_flight == 0:
                     self.meter().busy()
-                    self._closed_ms = clock_ms()
                 # An engine that is gone takes nothing: these rows are then left over.
                 self.engine.submit(part)
                 self.breaker.sent(part.column("tag")[0].as_py())
@@ -307,13 +306,8 @@ class Lane:
         busy = idle = 0
         counts = self._used or self.retire is not None
         if metered and self.meter is not None and counts and (self._results or final):
-            meter = self.meter()
-            if self.engine_in_flight == 0:
-                meter.idle()
-            busy, idle = meter.close()
-            setup = meter.take_setup()
+            busy, idle, setup = self._take_time(self.meter())
             self.used_ms += busy + idle + setup
-            self._closed_ms = clock_ms()
             rows += self._overhead("setup", setup, now)
             rows += self._overhead("accelerator_idle_second", idle, now)
         if self._results:
@@ -376,10 +370,26 @@ class Lane:
 
         All that is paid for counts: loading and idling too.
         """
-        if self.reserved_ms is None or self.meter is None or not self._has_loaded():
+        if self.reserved_ms is None or self.meter is None or self._let_go_ms is not None or not self._has_loaded():
             return False
-        open_ms = clock_ms() - self._closed_ms if self.engine_in_flight else 0
-        return self.used_ms + self.meter().setup_ms + open_ms + margin_s * 1000 >= self.reserved_ms
+        meter = self.meter()
+        return self.used_ms + meter.setup_ms + meter.open_ms + margin_s * 1000 >= self.reserved_ms
+
+    def let_go(self) -> None:
+        """Ends an engine with nothing in flight whose time is up: what it took until now is booked, and no more."""
+        if self.meter is not None and self._let_go_ms is None:
+            self._let_go_ms = self._take_time(self.meter())
+            self.engine.close()
+
+    def _take_time(self, meter: AcceleratorMeter) -> tuple[int, int, int]:
+        """Milliseconds busy, idle and loading that nobody was charged for yet; they count as taken from here on."""
+        if self._let_go_ms is not None:
+            taken, self._let_go_ms = self._let_go_ms, (0, 0, 0)
+            return taken
+        if self.engine_in_flight == 0:
+            meter.idle()
+        busy, idle = meter.close()
+        return busy, idle, meter.take_setup()
 
     def _overhead(self, meter: Any, millis: int, now: datetime) -> list[pa.RecordBatch]:
         if millis <= 0 or meter not in self.terms.price.unit_prices:

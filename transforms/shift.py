@@ -414,13 +414,18 @@ class Shift:
         bought = sum((lane.cost for lane in self._lanes.values() if not lane.terms.price.by_time), Decimal(0))
         overspent = self._task.reserved is not None and bought > self._task.reserved
         for lane in self._lanes.values():
+            spent = lane.over_reserve(self._segment_s)
+            if spent and lane.retire is None and not lane.down and not lane.engine_in_flight:
+                # An engine that idles is paid for too: once that has used up what was held back for it, it goes.
+                self._stop(lane, "budget")
+                lane.let_go()
             if lane.stopped or lane.down:
                 continue
             if late:
                 self._stop(lane, "deadline")
             elif overspent and not lane.terms.price.by_time:
                 self._stop(lane, "budget")
-            elif lane.over_reserve(self._segment_s):
+            elif spent:
                 self._stop(lane, "budget")
                 lane.engine.cancel()
         if stopping.requested():

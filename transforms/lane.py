@@ -80,6 +80,8 @@ class Lane:
     """What people should be told of it, once each."""
     restarted: bool = False
     """Whether its engine was started again in this shift."""
+    cancelled: bool = False
+    """Whether what it had in flight was given up because its time was up."""
     used_ms: int = 0
     lots: dict[str, Lot] = field(default_factory=dict)
     submitted: int = 0
@@ -252,6 +254,11 @@ class Lane:
             self.breaker.probed(checked.column("status")[tags.index(probe)].as_py() == "ok")
         elif checked is not before:
             self.breaker.spoil(pc.sum(pc.and_(_against(checked), pc.equal(before.column("status"), "ok"))).as_py() or 0)
+
+    @property
+    def awaits_verdict(self) -> bool:
+        """Whether all that it may send hangs on a probe that has come back and is not settled yet."""
+        return self.breaker.probe is not None and self.pending_results > 0 and self.engine_in_flight == 0
 
     def mark_down(self, why: str) -> None:
         self.down = why

@@ -184,7 +184,7 @@ class Shift:
                     if not lane.open:
                         self._hand_over(lane)
                 pending = sum(lane.pending_results for lane in self._lanes.values())
-                if pending >= _SEGMENT_ROWS or (pending and time.monotonic() - last_flush >= self._segment_s):
+                if pending >= _SEGMENT_ROWS or (pending and self._flush_due(last_flush)):
                     yield from self._flush(final=False)
                     last_flush = time.monotonic()
                     beat()
@@ -211,6 +211,10 @@ class Shift:
                 if isinstance(lane.engine, Lasting):
                     lane.engine.leave()
             raise
+
+    def _flush_due(self, last_flush: float) -> bool:
+        waited = time.monotonic() - last_flush >= self._segment_s
+        return waited or any(lane.awaits_verdict for lane in self._lanes.values())
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -390,6 +394,10 @@ class Shift:
         terms = self._task.runner_up_terms.get((pool or "", lot["model"]))
         if pool is None or terms is None or not self._may(pool, lot):
             return None
+        if self._context.max_cost is not None and terms.price.by_time:
+            # Its time is reserved by the award: without one in this shift nobody would stop it.
+            there = (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]))
+            return next((lane for lane in there if lane.open and lane.reserved_ms is not None), None)
         try:
             lane = self._lane(pool, lot["model"], 0, terms, None)
         except PoolDown:
@@ -414,20 +422,14 @@ class Shift:
         bought = sum((lane.cost for lane in self._lanes.values() if not lane.terms.price.by_time), Decimal(0))
         overspent = self._task.reserved is not None and bought > self._task.reserved
         for lane in self._lanes.values():
-            spent = lane.over_reserve(self._segment_s)
-            if spent and lane.retire is None and not lane.down and not lane.engine_in_flight:
-                # An engine that idles is paid for too: once that has used up what was held back for it, it goes.
-                self._stop(lane, "budget")
-                lane.let_go()
+            if not lane.down and lane.over_reserve(self._segment_s):
+                self._end_time(lane)
             if lane.stopped or lane.down:
                 continue
             if late:
                 self._stop(lane, "deadline")
             elif overspent and not lane.terms.price.by_time:
                 self._stop(lane, "budget")
-            elif spent:
-                self._stop(lane, "budget")
-                lane.engine.cancel()
         if stopping.requested():
             for lane in self._lanes.values():
                 if not lane.stopped and not lane.down:
@@ -442,6 +444,18 @@ class Shift:
                         lane.engine.cancel()
                 return time.monotonic() + _GRACE_S
         return stop_at
+
+    def _end_time(self, lane: Lane) -> None:
+        """Stops a lane that has used up its reserved time, whatever else has stopped it before."""
+        if not lane.stopped:
+            self._stop(lane, "budget")
+        if lane.engine_in_flight:
+            if not lane.cancelled:
+                lane.cancelled = True
+                lane.engine.cancel()
+        elif lane.retire is None:
+            # An engine that idles is paid for too: once that has used up what was held back for it, it goes.
+            lane.let_go()
 
     def _stop(self, lane: Lane, why: str) -> None:
         lane.stopped = why

@@ -422,7 +422,7 @@ class Shift:
         bought = sum((lane.cost for lane in self._lanes.values() if not lane.terms.price.by_time), Decimal(0))
         overspent = self._task.reserved is not None and bought > self._task.reserved
         for lane in self._lanes.values():
-            if not lane.down and lane.over_reserve(self._segment_s):
+            if lane.over_reserve(max(self._segment_s, 2 * _TICK_S)):
                 self._end_time(lane)
             if lane.stopped or lane.down:
                 continue
@@ -447,7 +447,7 @@ class Shift:
 
     def _end_time(self, lane: Lane) -> None:
         """Stops a lane that has used up its reserved time, whatever else has stopped it before."""
-        if not lane.stopped:
+        if not lane.stopped and not lane.down:
             self._stop(lane, "budget")
         if lane.engine_in_flight:
             if not lane.cancelled:

@@ -35,6 +35,7 @@ from bidbeam.transforms.side_inputs import listed
 
 _WAITING, _REFUSED = "waiting", "refused"
 _SETUP_HELD_S, _IDLE_HELD_S = 300.0, 60.0
+_LOTS_TO_SHARE = 64
 _NEVER = frozenset({"no_eligible_pool", "too_long"})
 """Reasons that no later round of this start can mend."""
 
@@ -268,6 +269,9 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
     for name, won in cleared.lots_of.items():
         spec = specs[name]
         engines = spec.capacity.workers if spec.kind == "vllm" else 1
+        if context.rehearse and len(won) >= _LOTS_TO_SHARE:
+            # Stand-ins keep a core busy each: a large rehearsal takes two.
+            engines = max(engines, 2)
         # Only a budget makes time a wall: without one a slow engine may take as long as it takes.
         walled = spec.price.by_time and context.max_cost is not None
         seconds = cleared.bids.worst_case_seconds(names.index(name)) if walled else None

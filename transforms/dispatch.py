@@ -119,30 +119,13 @@ def _lost(
     journal: Store, scratch_name: str, shift: str, records: Sequence[str], segments: Sequence[str]
 ) -> tuple[pa.Table | None, list[Terms]]:
     """SEGMENT rows of what the records name and no segment has, and their terms."""
-    settled: list[pa.Array] = []
-    until: dict[str, datetime] = {}
-    for name in segments:
-        rows, _ = read_segment(journal, name)
-        settled.append(_bytes_of(rows.column("attempt_id")))
-        for pool, at in zip(
-            rows.column("pool").cast(pa.string()).to_pylist(), rows.column("finished_at").to_pylist(), strict=True
-        ):
-            until[pool] = max(until.get(pool, at), at)
-    known = pa.concat_arrays(settled) if settled else pa.array([], pa.binary(16))
+    known, until = _settled(journal, segments)
     open_: dict[tuple[str, str], list[Dispatched]] = {}
-    # Backwards: what was written down for one pool, and then for another before it was sent, was sent by the last.
-    for name in reversed(records):
-        try:
-            record = read_dispatch(journal, name)
-        except (pa.ArrowException, KeyError, ValueError):
-            # A record that was not written whole let nothing through.
-            continue
-        ids = record.requests.column("attempt_id").cast(pa.binary(16))
-        requests = record.requests.filter(pc.invert(pc.is_in(ids, value_set=known)))
-        known = pa.concat_arrays([known, ids])
-        if requests.num_rows:
-            key = (record.terms.pool, record.terms.model)
-            open_.setdefault(key, []).insert(0, Dispatched(requests, record.terms, record.at, record.setup_ms))
+    for name, unsettled in _unsettled(journal, records, known):
+        record = read_dispatch(journal, name)
+        requests = record.requests.filter(unsettled)
+        key = (record.terms.pool, record.terms.model)
+        open_.setdefault(key, []).append(Dispatched(requests, record.terms, record.at, record.setup_ms))
     ended = last_sign(journal, scratch_name, shift)
     lost: list[pa.RecordBatch] = []
     for (pool, _model), found in open_.items():
@@ -163,6 +146,47 @@ def _lost(
     if not lost:
         return None, []
     return pa.Table.from_batches(lost).unify_dictionaries(), [found[-1].terms for found in open_.values()]
+
+
+def _settled(journal: Store, segments: Sequence[str]) -> tuple[pa.Array, dict[str, datetime]]:
+    """The ids of all attempts in the segments (binary(16)), and when each pool's last one finished."""
+    ids = [pa.array([], pa.binary(16))]
+    until: dict[str, datetime] = {}
+    for name in segments:
+        rows, _ = read_segment(journal, name)
+        ids.append(_bytes_of(rows.column("attempt_id")))
+        last = pa.table({"pool": rows.column("pool").cast(pa.string()), "at": rows.column("finished_at")})
+        for row in last.group_by("pool").aggregate([("at", "max")]).to_pylist():
+            until[row["pool"]] = max(until.get(row["pool"], row["at_max"]), row["at_max"])
+    return pa.concat_arrays(ids), until
+
+
+def _unsettled(journal: Store, records: Sequence[str], known: pa.Array) -> Iterator[tuple[str, pa.Array]]:
+    """The records that name attempts which are not ``known``, each with which of its rows these are (bool[n]).
+
+    What was written down for one pool, and then for another before it was sent, was sent by the last. Holds no more of
+    the records than their ids.
+    """
+    names, ids = [], []
+    for name in records:
+        try:
+            ids.append(read_dispatch(journal, name).requests.column("attempt_id").cast(pa.binary(16)))
+        except (pa.ArrowException, KeyError, ValueError):
+            # A record that was not written whole let nothing through.
+            continue
+        names.append(name)
+    if not names:
+        return
+    every = pa.concat_arrays(ids)
+    rows = pa.table({"id": every, "row": pa.array(np.arange(len(every)))})
+    last = rows.group_by("id").aggregate([("row", "max")]).column("row_max").to_numpy()
+    unsettled = np.zeros(len(every), bool)
+    unsettled[last] = True
+    unsettled &= ~pc.is_in(every, value_set=known).to_numpy(zero_copy_only=False)
+    ends = np.cumsum([len(each) for each in ids])
+    for name, mine in zip(names, np.split(unsettled, ends[:-1]), strict=True):
+        if mine.any():
+            yield name, pa.array(mine)
 
 
 def _bytes_of(column: pa.ChunkedArray) -> pa.Array:

@@ -206,7 +206,8 @@ class Lane:
 
     def poll(self) -> None:
         """Takes what has finished. May find the pool down; what came before its end is kept."""
-        if self.down:
+        if self.down or self._let_go_ms is not None:
+            # An engine that was let go is closed, not down.
             return
         try:
             for batch in self.engine.poll():

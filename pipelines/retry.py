@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bidbeam.connectors.store import Store
     from bidbeam.pipelines.job import Job
 
-_RUN_ID = re.compile(r".+-(\d{4}-\d{2}-\d{2})-[0-9a-f]{8}")
+_RUN_ID = re.compile(r"[\w.-]+-(\d{4}-\d{2}-\d{2})-[0-9a-f]{8}")
 
 
 def retried(job: Job, run_id: str, *, rehearse: bool = False, run_date: date | None = None) -> Job:

@@ -67,6 +67,8 @@ def test_what_cannot_be_retried_is_said(tmp_path: Path) -> None:
         retried(job, summary.run_id[:-1] + "x", rehearse=True)
     with pytest.raises(UsageError, match="holds no run"):
         retried(job, "../../etc", rehearse=True)
+    with pytest.raises(UsageError, match="holds no run"):
+        retried(job, f"../{summary.run_id}", rehearse=True)
 
 
 def test_the_command_line_retries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,13 @@ import hashlib
 import json
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Literal
+
+from bidbeam.connectors.loopback import Handler, Loopback
 
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "ledge")
 _LONGEST_ANSWER = 16
@@ -116,12 +115,46 @@ Behaviour = Reply | Sequence[Reply] | Callable[[Seen], Reply]
 """One reply for all; replies for the first requests, after which the true answer follows; or a choice by request."""
 
 
-class EndpointDouble:
+class _Handler(Handler):
+    def setup(self) -> None:
+        super().setup()
+        self._connection = self.server.owner._connected(self.connection)
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        finally:
+            self.server.owner._disconnected(self.connection)
+
+    def serve(self) -> None:
+        double: EndpointDouble = self.server.owner
+        if self.command == "GET":
+            self.send(double._page(self.path))
+            return
+        seen = double._enter(self.path, self.lower_headers(), self.read_body(), self._connection)
+        try:
+            reply, served = double._reply(seen)
+            awaited = double._hold(reply.delay_s, self.connection) if reply.delay_s else True
+            go = double._book(seen, reply, served, awaited)
+        finally:
+            double._leave()
+        if not go:
+            self.close_connection = True
+            return
+        try:
+            self.send(reply)
+        finally:
+            double._sent()
+
+
+class EndpointDouble(Loopback):
     """A context manager that serves ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models`` on a free port.
 
     The answer is drawn from a digest of the prompt, within ``max_tokens``. ``api_key``: the bearer that must come, else
     401. ``count_tokens``: text to token count instead of words. ``report_cached``: whether usage tells cached tokens.
     """
+
+    handler = _Handler
 
     def __init__(
         self,
@@ -146,36 +179,12 @@ class EndpointDouble:
         self._concurrent = 0
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._server = _Server(("127.0.0.1", port), self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        super().__init__(port)
 
     @property
     def base_url(self) -> str:
         """Where it serves, ``/v1`` included."""
         return f"http://{self.host}/v1"
-
-    @property
-    def host(self) -> str:
-        """host:port."""
-        return f"127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> EndpointDouble:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops serving and frees the port; requests that are being held back are dropped."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
 
     def _stop_listening(self) -> None:
         """Frees the port and drops every connection."""
@@ -190,8 +199,7 @@ class EndpointDouble:
 
     def _listen_again(self) -> None:
         """Serves on the same port as before."""
-        self._server = _Server(self._server.server_address, self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._bind(self._server.server_address)
         self._thread.start()
 
     # What follows is called by the handler's threads.
@@ -333,86 +341,6 @@ class EndpointDouble:
                     hit = end
                 self._cache.add(block)
         return min(hit, max(0, prompt_tokens - 1))
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 512
-
-    def __init__(self, address: Any, double: EndpointDouble) -> None:
-        self.double = double
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stays silent: clients that hang up are part of what is tested."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1  # so that headers and body leave in one piece
-    server: _Server
-
-    def setup(self) -> None:
-        super().setup()
-        self._connection = self.server.double._connected(self.connection)
-
-    def finish(self) -> None:
-        try:
-            super().finish()
-        finally:
-            self.server.double._disconnected(self.connection)
-
-    def do_GET(self) -> None:
-        self._send(self.server.double._page(self.path))
-
-    def do_POST(self) -> None:
-        double = self.server.double
-        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        seen = double._enter(self.path, headers, raw, self._connection)
-        try:
-            reply, served = double._reply(seen)
-            awaited = double._hold(reply.delay_s, self.connection) if reply.delay_s else True
-            go = double._book(seen, reply, served, awaited)
-        finally:
-            double._leave()
-        if not go:
-            self.close_connection = True
-            return
-        try:
-            self._send(reply)
-        finally:
-            double._sent()
-
-    def _send(self, reply: Reply) -> None:
-        if reply.cut == "reset":
-            # Lingering for zero seconds makes the close a reset.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
-            return
-        body = reply.body or b""
-        self.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
-            self.send_header(name, value)
-        if reply.times > 1:
-            self.send_header("Connection", "close")
-            self.end_headers()
-            for _ in range(reply.times):
-                self.wfile.write(body)
-            self.close_connection = True
-            return
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if reply.cut == "truncate" else body)
-        self.wfile.flush()
-        if reply.cut == "truncate":
-            self.close_connection = True
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
-        """Says nothing: a test's output is its own."""
 
 
 def _peek(connection: socket.socket) -> bytes:

@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from bidbeam.connectors.doubles import Reply
+from bidbeam.connectors.loopback import Handler, Loopback
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _AT_ONCE = 8
@@ -76,7 +75,17 @@ class Submitted:
     done: int = 0
 
 
-class BatchFront:
+class _Handler(Handler):
+    def serve(self) -> None:
+        front: BatchFront = self.server.owner
+        reply = front._answer(self.command, self.path, self.lower_headers(), self.read_body())
+        if reply.status:
+            self.send(reply)
+        else:
+            self.close_connection = True
+
+
+class BatchFront(Loopback):
     """A context manager that serves ``/files`` and ``/batches`` below ``/v1`` on a free port.
 
     ``key``: what must come as ``key_header``, else 401. ``models``: its own names, and what each is called at
@@ -84,6 +93,8 @@ class BatchFront:
     ``intercept`` may answer a call (method, path) itself, or hold it up; a reply with status 0 lets the call take
     effect and then breaks the connection. While ``held`` no batch goes on: see ``release``.
     """
+
+    handler = _Handler
 
     def __init__(
         self,
@@ -105,39 +116,25 @@ class BatchFront:
         self._key, self._key_header, self._models = key, key_header, models
         self._fates, self._intercept = tuple(fates), intercept
         self._lock = threading.Lock()
-        self._go, self._stopping = threading.Event(), threading.Event()
+        self._go = threading.Event()
         if not held:
             self._go.set()
         self._workers = ThreadPoolExecutor(4)
-        self._server = _Server(("127.0.0.1", port), self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        super().__init__(port)
 
     @property
     def base_url(self) -> str:
         """Where it serves, ``/v1`` included."""
         return f"http://{self.host}/v1"
 
-    @property
-    def host(self) -> str:
-        """host:port."""
-        return f"127.0.0.1:{self._server.server_address[1]}"
-
     def release(self) -> None:
         """Lets held batches go on."""
         self._go.set()
 
-    def __enter__(self) -> BatchFront:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopping.set()
+    def close(self) -> None:
+        """Stops serving and frees the port; batches that are still at work are given up."""
         self._go.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().close()
         self._workers.shutdown(cancel_futures=True)
 
     # What follows is called by the handler's threads.
@@ -320,61 +317,6 @@ class BatchFront:
             return 500, {"error": {"message": "the model failed", "code": "server_error"}}
         finally:
             connection.close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, address: tuple[str, int], front: BatchFront) -> None:
-        self.front = front
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stays silent: clients that hang up are part of what is tested."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-    server: _Server
-
-    def do_GET(self) -> None:
-        self._reply(b"")
-
-    def do_DELETE(self) -> None:
-        self._reply(b"")
-
-    def do_POST(self) -> None:
-        self._reply(self._body())
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = bytearray()
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return bytes(body)
-
-    def _reply(self, body: bytes) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        reply = self.server.front._answer(self.command, self.path, headers, body)
-        if not reply.status:
-            self.close_connection = True
-            return
-        sent = reply.body or b""
-        self.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(sent)))
-        self.end_headers()
-        self.wfile.write(sent)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
-        """Says nothing: a test's output is its own."""
 
 
 def _json(document: object) -> Reply:

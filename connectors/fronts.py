@@ -18,8 +18,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +25,7 @@ from bidbeam.connectors.doubles import OK, Behaviour, Reply, Seen
 from bidbeam.connectors.front_errors import ERRORS, Case
 from bidbeam.connectors.front_kinds import KINDS, Prices
 from bidbeam.connectors.front_logins import TOKEN_PATH, GoogleLogin, SageMakerLogin
+from bidbeam.connectors.loopback import Handler, Loopback
 
 _MILLION = Decimal(1_000_000)
 
@@ -43,7 +42,16 @@ class Booked:
     cost: Decimal | None
 
 
-class ProviderFront:
+class _Handler(Handler):
+    def serve(self) -> None:
+        front: ProviderFront = self.server.owner
+        if self.command == "GET":
+            self.send(front._get(self.path, self.lower_headers()))
+        else:
+            self.send(front._post(self.path, self.lower_headers(), self.read_body()))
+
+
+class ProviderFront(Loopback):
     """A context manager that stands in for one provider on a free port.
 
     ``models``: the provider's names, and what each is called at ``upstream``. ``key``: what must come, else its 401;
@@ -79,14 +87,7 @@ class ProviderFront:
         self._behaviour = behaviour
         self._concurrent = 0
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-
-    @property
-    def host(self) -> str:
-        """host:port."""
-        return f"127.0.0.1:{self._server.server_address[1]}"
+        super().__init__()
 
     @property
     def base_url(self) -> str:
@@ -96,23 +97,6 @@ class ProviderFront:
     def error(self, case: Case) -> Reply:
         """What the provider sends in this case."""
         return ERRORS[self.profile][case]
-
-    def __enter__(self) -> ProviderFront:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops serving and frees the port."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
 
     # What follows is called by the handler's threads.
 
@@ -233,46 +217,3 @@ def _object(raw: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 512
-
-    def __init__(self, address: tuple[str, int], front: ProviderFront) -> None:
-        self.front = front
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stays silent: clients that hang up are part of what is tested."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1  # so that headers and body leave in one piece
-    server: _Server
-
-    def do_GET(self) -> None:
-        self._send(self.server.front._get(self.path, self._lower()))
-
-    def do_POST(self) -> None:
-        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._send(self.server.front._post(self.path, self._lower(), raw))
-
-    def _lower(self) -> dict[str, str]:
-        return {name.lower(): value for name, value in self.headers.items()}
-
-    def _send(self, reply: Reply) -> None:
-        body = reply.body or b""
-        self.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # the name is the base class's
-        """Says nothing: a test's output is its own."""

@@ -13,7 +13,7 @@ import secrets as tokens
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import UTC, datetime
 from itertools import islice
@@ -258,7 +258,10 @@ class BatchEngine:
             # Nobody needs them any more: they hold prompts, and providers count what is kept.
             self._loop.call_soon_threadsafe(self._tidy, each.files)
 
-    def cancel(self) -> None:
+    def cancel(self, tags: Collection[int] | None = None) -> None:
+        """Gives up everything in flight; a batch cannot give up single requests, so that ``tags`` are let be."""
+        if tags is not None:
+            return
         at = self._now()
         self._hand([_Settled(tag, at, at, UNSENT) for tag in self._intake.drop_all()])
         self.gathered()

@@ -6,7 +6,7 @@ them behind it, a few at a time; an engine that does not (the stand-in of a rehe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -83,8 +83,9 @@ class Engine(Protocol):
         results that came before its end are handed out first."""
         ...
 
-    def cancel(self) -> None:
-        """Gives up everything in flight; each comes back from ``poll`` as ``cancelled``, its usage as far as known."""
+    def cancel(self, tags: Collection[int] | None = None) -> None:
+        """Gives up what is in flight under these tags, None: everything. Each comes back from ``poll`` as
+        ``cancelled``, its usage as far as known; what is not in flight any more comes back as it ended."""
         ...
 
     def close(self) -> None:

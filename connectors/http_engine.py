@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -204,8 +204,8 @@ class HttpEngine:
             self._wake()  # so that the caller comes back to learn that the pool is down
         return [_batch(settled, self._endpoint.host)] if settled else []
 
-    def cancel(self) -> None:
-        self._loop.call_soon_threadsafe(self._give_up)
+    def cancel(self, tags: Collection[int] | None = None) -> None:
+        self._loop.call_soon_threadsafe(self._give_up, None if tags is None else frozenset(tags))
 
     def close(self) -> None:
         if self._closed:
@@ -304,18 +304,21 @@ class HttpEngine:
             self._drop_queue()
             self._loop.call_later(self._drain_s, self._cancel_active)
 
-    def _drop_queue(self) -> None:
+    def _drop_queue(self, tags: Collection[int] | None = None) -> None:
+        """Gives back what waits, or of it these."""
         at = self._now()
-        self._hand_out([_Settled(job.tag, job.started_at, at, _UNSENT) for job in self._queue])
-        self._queue.clear()
+        dropped = [job for job in self._queue if tags is None or job.tag in tags]
+        self._queue = deque(job for job in self._queue if tags is not None and job.tag not in tags)
+        self._hand_out([_Settled(job.tag, job.started_at, at, _UNSENT) for job in dropped])
 
-    def _cancel_active(self) -> None:
-        for task in list(self._active):
-            task.cancel()
+    def _cancel_active(self, tags: Collection[int] | None = None) -> None:
+        for task, job in list(self._active.items()):
+            if tags is None or job.tag in tags:
+                task.cancel()
 
-    def _give_up(self) -> None:
-        self._drop_queue()
-        self._cancel_active()
+    def _give_up(self, tags: Collection[int] | None) -> None:
+        self._drop_queue(tags)
+        self._cancel_active(tags)
 
     def _hand_out(self, settled: list[_Settled]) -> None:
         if settled:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 import pyarrow as pa
@@ -148,9 +148,9 @@ class LeaseEngine:
             raise PoolDown(self._gone)
         return found
 
-    def cancel(self) -> None:
+    def cancel(self, tags: Collection[int] | None = None) -> None:
         if self._inner is not None:
-            self._inner.cancel()
+            self._inner.cancel(tags)
 
     def close(self) -> None:
         """Gives the node back and waits for that. Idempotent."""

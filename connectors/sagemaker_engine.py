@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from typing import Any
 
@@ -80,10 +80,11 @@ class SagemakerEngine(HttpEngine):
             self._prefixes[made.tag] = row["prefix_id"]
         return made
 
-    def _drop_queue(self) -> None:
+    def _drop_queue(self, tags: Collection[int] | None = None) -> None:
         for job in self._queue:
-            self._prefixes.pop(job.tag, None)
-        super()._drop_queue()
+            if tags is None or job.tag in tags:
+                self._prefixes.pop(job.tag, None)
+        super()._drop_queue(tags)
 
     async def _ask(self, job: _Job) -> Outcome:
         prefix_id = self._prefixes.pop(job.tag, None)

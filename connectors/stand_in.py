@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 
 import numpy as np
@@ -85,7 +85,7 @@ class StandIn:
         ready, self._ready, self._waiting = self._ready, [], 0
         return ready
 
-    def cancel(self) -> None:
+    def cancel(self, tags: Collection[int] | None = None) -> None:
         """Gives up nothing: what was submitted is answered already."""
 
     def close(self) -> None:

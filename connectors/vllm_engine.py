@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -414,13 +414,13 @@ class VllmEngine:
             self._stalled = True
             self._kill_group()
 
-    def cancel(self) -> None:
+    def cancel(self, tags: Collection[int] | None = None) -> None:
         """See Engine."""
         with self._lock:
             if self._facts is not None:
-                self._outbox.put(encode_control("cancel"))
+                self._outbox.put(encode_control("cancel", tags=None if tags is None else sorted(tags)))
                 return
-            held, self._held = self._held, []
+            held, self._held = _parted(self._held, tags)
         now = datetime.now(UTC)
         nothing = {"status": "cancelled", "input_tokens": 0, "cached_tokens": 0, "output_tokens": 0}
         stamps = {"usage_source": "reported", "started_at": now, "finished_at": now}
@@ -474,6 +474,18 @@ def _exited(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return True
+
+
+def _parted(
+    batches: Sequence[pa.RecordBatch], tags: Collection[int] | None
+) -> tuple[list[pa.RecordBatch], list[pa.RecordBatch]]:
+    """The rows of batches that have one of these tags (None: all), and the others."""
+    if tags is None:
+        return list(batches), []
+    wanted = pa.array(sorted(tags), pa.int64())
+    of = [(batch, pc.is_in(batch.column("tag"), value_set=wanted)) for batch in batches]
+    taken, left = [batch.filter(mine) for batch, mine in of], [batch.filter(pc.invert(mine)) for batch, mine in of]
+    return [batch for batch in taken if batch.num_rows], [batch for batch in left if batch.num_rows]
 
 
 def _lean(requests: pa.RecordBatch) -> pa.RecordBatch:

@@ -204,9 +204,10 @@ class Host:
         elif frame.startswith(REQUESTS):
             self._add(decode_batch(frame))
         else:
-            op = decode_control(frame)["op"]
+            control = decode_control(frame)
+            op = control["op"]
             if op == "cancel":
-                self._cancel()
+                self._cancel(control["tags"])
             elif op == "stats":
                 self._send(encode_control("stats", **self._stats()))
             elif op == "close":
@@ -300,9 +301,10 @@ class Host:
             self._counters[name] += row[name] or 0
         self._finished.append(row)
 
-    def _cancel(self) -> None:
-        """Aborts everything in flight; what each had computed by then is its usage."""
-        for attempt, entry in self._in_flight.items():
+    def _cancel(self, tags: list[int] | None) -> None:
+        """Aborts what is in flight under these tags, None: all; what each had computed by then is its usage."""
+        given_up = {a: each for a, each in self._in_flight.items() if tags is None or each.tag in tags}
+        for attempt, entry in given_up.items():
             self._finished.append(
                 {
                     "tag": entry.tag,
@@ -316,7 +318,7 @@ class Host:
             )
             self._counters["cancelled"] += 1
             self._engine.abort_request([attempt])
-        self._in_flight.clear()
+            del self._in_flight[attempt]
 
     def _computed(self, internal: str, length: int) -> dict[str, int | None]:
         """Usage of an unfinished request from vLLM's own books; NULL where they cannot tell (several samples)."""

@@ -414,6 +414,23 @@ def test_cancel_gives_everything_back() -> None:
         assert driver.engine.room == 8
 
 
+def test_cancel_of_some_leaves_the_others_alone() -> None:
+    """Only what is named comes back early: what is under way as cancelled, what waits as not sent."""
+    with driving(Reply.slow(0.3)) as (driver, double):
+        driver.engine.submit(batch([row(tag) for tag in range(8)]))
+        while len(double.requests) < 4:
+            time.sleep(0.005)
+        driver.engine.cancel([1, 6, 99])
+        results = driver.run([])
+        assert len(double.requests) == 7
+        told = {tag: (each["status"], each["error_message"]) for tag, each in results.items()}
+        ok = ("ok", None)
+        assert told == dict.fromkeys(range(8), ok) | {
+            1: ("cancelled", "given up in flight"),
+            6: ("cancelled", "not sent"),
+        }
+
+
 def test_retry_after_holds_back_what_follows() -> None:
     """After a 429 that names a time the next request leaves only then; the failed one says how long."""
     script = [Reply.error(429, headers={"retry-after-ms": "300", "Retry-After": "9"})]

@@ -199,6 +199,18 @@ def test_what_is_cancelled_before_loading_comes_back_unpaid() -> None:
         engine.close()
 
 
+def test_some_may_be_cancelled_before_loading() -> None:
+    """Those that are named come back, the others wait for the engine."""
+    engine = VllmEngine(VllmConfig.of("own", tiny_model(), ENGINE))
+    try:
+        engine.submit(requests([[5, 6], [7, 8], [9, 10]]))
+        engine.cancel([1])
+        assert [row["tag"] for batch in engine.poll() for row in batch.to_pylist()] == [1]
+        assert engine.in_flight == 2
+    finally:
+        engine.close()
+
+
 def test_closing_while_it_loads_ends_the_process_and_every_use() -> None:
     """An engine closed during loading is gone at once, for good, and closing again does nothing."""
     engine = VllmEngine(VllmConfig.of("own", tiny_model(), ENGINE))
@@ -391,6 +403,22 @@ def test_max_tokens_of_the_column_serves_where_sampling_has_none(engine: VllmEng
     """A sampling object without ``max_tokens`` takes the request's column."""
     row = drive(engine, requests([[8, 9]], json.dumps({"temperature": 0, "ignore_eos": True})))[0]
     assert row["output_tokens"] == 7
+
+
+def test_cancelling_some_leaves_the_others_running(engine: VllmEngine) -> None:
+    """The request that is named comes back with what it computed; its neighbour goes on to its end."""
+    engine.submit(requests([[60, 61, 62], [70, 71, 72]], text(max_tokens=40)))
+    engine.cancel([1])
+    rows: dict[int, dict[str, Any]] = {}
+    woken = threading.Event()
+    engine.listen(woken.set)
+    while engine.in_flight:
+        woken.wait(30)
+        woken.clear()
+        rows |= {row["tag"]: row for result in engine.poll() for row in result.to_pylist()}
+    assert (rows[0]["status"], rows[0]["output_tokens"]) == ("ok", 40)
+    assert rows[1]["status"] == "cancelled"
+    assert rows[1]["output_tokens"] < 40
 
 
 def test_cancelling_returns_everything_with_what_it_computed(engine: VllmEngine) -> None:

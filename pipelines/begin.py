@@ -289,6 +289,7 @@ def make_context(
         placement=job.placement,
         max_cost=job.max_cost,
         payment=job.auction.payment,
+        hedging=job.auction.hedging,
         spent=spent,
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,

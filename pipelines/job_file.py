@@ -20,6 +20,7 @@ from bidbeam.pipelines.config_check import (
     decimal_of,
     duration_from,
     fault,
+    flag_of,
     lines_of,
     money_of,
     nearest,
@@ -260,10 +261,11 @@ def _placement(node: Node) -> dict[str, Any]:
 
 
 def _auction(node: Node) -> AuctionSpec:
-    fields = Fields(node, ("payment", "rounds"))
+    fields = Fields(node, ("payment", "rounds", "hedging"))
     payment = fields.get("payment")
     rule = cast(Payment, "pay_as_bid" if payment is None else choice_of(payment, PAYMENTS))
-    return AuctionSpec(rule, fields.read("rounds", lambda entry: whole_of(entry, 1, 10), 3))
+    rounds = fields.read("rounds", lambda entry: whole_of(entry, 1, 10), 3)
+    return AuctionSpec(rule, rounds, fields.read("hedging", flag_of, True))
 
 
 def _tolerate(node: Node) -> Tolerance:

@@ -57,6 +57,8 @@ class AuctionSpec:
 
     payment: Payment = "pay_as_bid"
     rounds: int = 3
+    hedging: bool = True
+    """Whether the last stragglers are asked of a second pool."""
 
 
 @dataclass(frozen=True, slots=True)

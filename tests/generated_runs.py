@@ -261,9 +261,10 @@ class Behaving:
             self.run.seen += sum((self._cost(result) for result in results), Decimal(0))
         return [pa.RecordBatch.from_pylist(results, RESULT_SCHEMA)]
 
-    def cancel(self) -> None:
-        self.back += [_result(row, status="cancelled", error_message="given up in flight") for row in self.waiting]
-        self.waiting = []
+    def cancel(self, tags: Any = None) -> None:
+        mine = [row for row in self.waiting if tags is None or row["tag"] in tags]
+        self.back += [_result(row, status="cancelled", error_message="given up in flight") for row in mine]
+        self.waiting = [row for row in self.waiting if row not in mine]
         self.wake()
 
     def close(self) -> None:

@@ -181,5 +181,5 @@ def check_conserved(found: Written, rows: int) -> None:
         assert Decimal(pool["cost"]) == total([charge for charge in charges if charge["pool"] == name])
         for column in ("input_tokens", "cached_tokens", "output_tokens"):
             assert pool[column] == sum(attempt[column] or 0 for attempt in mine)
-        assert pool["served"] == sum(row["status"] == "ok" and row["kind"] != "overhead" for row in mine)
+        assert pool["served"] == sum(row["status"] == "ok" and row["kind"] not in ("overhead", "hedge") for row in mine)
     assert set(pools) == {attempt["pool"] for attempt in attempts}

@@ -75,7 +75,7 @@ def hold_to_books(found: Any, books: dict[str, Books]) -> tuple[Decimal, Decimal
             continue
         pool, entry = entries[name]
         assert row["pool"] == pool
-        if row["status"] == "lost":
+        if row["status"] in ("lost", "cancelled"):
             assert charged >= entry.cost
             lost += charged - entry.cost
         elif not entry.reported:

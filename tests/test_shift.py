@@ -97,9 +97,10 @@ class Scripted:
             self.wake()
         return [pa.RecordBatch.from_pylist(results, RESULT_SCHEMA)] if results else []
 
-    def cancel(self) -> None:
-        self.given_up += [_result(row, status="cancelled", error_message="given up in flight") for row in self.waiting]
-        self.waiting = []
+    def cancel(self, tags: Any = None) -> None:
+        mine = [row for row in self.waiting if tags is None or row["tag"] in tags]
+        self.given_up += [_result(row, status="cancelled", error_message="given up in flight") for row in mine]
+        self.waiting = [row for row in self.waiting if row not in mine]
 
     def close(self) -> None:
         self.closed = True

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import PRICES
-from bidbeam.transforms.charging import explode, served_rows
+from bidbeam.transforms.charging import explode, served_rows, serving
 from bidbeam.transforms.journal import SegmentRef, read_segment
 from bidbeam.transforms.published import PoolCount, Published
 from bidbeam.transforms.run_context import RunContext, start_of
@@ -103,10 +103,7 @@ def pool_counts(rows: pa.Table) -> list[PoolCount]:
     plain = pa.table(
         {
             "pool": rows.column("pool").cast(pa.string()),
-            # Overhead has a status too, but no request.
-            "served": pc.and_(
-                pc.equal(rows.column("status").cast(pa.string()), "ok"), pc.is_valid(rows.column("tag"))
-            ).cast(pa.int64()),
+            "served": pc.and_(serving(rows), pc.is_valid(rows.column("tag"))).cast(pa.int64()),
             **{name: rows.column(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "cost")},
         }
     )

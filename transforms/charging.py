@@ -27,7 +27,7 @@ _NEEDED = (
     "attempt_id", "request_id", "model", "finished_at", "status", "kind", "usage_source", "price_id", "input_tokens",
     "cached_tokens", "output_tokens", *METER_COLUMNS.values(),
 )  # fmt: skip
-_NOT_SERVING = pa.array(["audit", "probe", "overhead"])
+_NOT_SERVING = pa.array(["audit", "hedge", "overhead", "probe"])
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -177,7 +177,7 @@ def _baseline_costs(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
         costs = pa.nulls(rows.num_rows, COST)
         for each in (baseline, *baseline.also):
             costs = pc.if_else(pc.equal(models, each.model).fill_null(False), _amounts(rows, each), costs)
-    return pc.if_else(_serving(rows), costs, pa.scalar(None, COST))
+    return pc.if_else(_with_known_usage(rows), costs, pa.scalar(None, COST))
 
 
 def _amounts(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
@@ -198,18 +198,21 @@ def _amounts(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:
     return add_costs(amounts, rows.num_rows)
 
 
+def serving(rows: pa.Table | pa.RecordBatch) -> pa.Array:
+    """Which attempts (bool[n]) of SEGMENT rows served their request: answered ones that nothing else was meant by."""
+    status, kind = (rows.column(name).cast(pa.string()) for name in ("status", "kind"))
+    return pc.and_not(pc.equal(status, "ok"), pc.is_in(kind, _NOT_SERVING))
+
+
 def served_rows(rows: pa.Table) -> int:
     """How many of the attempts in SEGMENT rows served their request."""
-    served = pc.and_not(pc.equal(rows.column("status"), "ok"), pc.is_in(rows.column("kind"), _NOT_SERVING))
-    return int(pc.sum(served).as_py() or 0)
+    return int(pc.sum(serving(rows)).as_py() or 0)
 
 
-def _serving(rows: pa.RecordBatch) -> pa.Array:
-    served = pc.equal(rows.column("status"), "ok")
-    excluded = pc.is_in(rows.column("kind"), _NOT_SERVING)
+def _with_known_usage(rows: pa.RecordBatch) -> pa.Array:
     estimated = pc.equal(rows.column("usage_source"), "estimate").fill_null(True)
     counted = pc.and_(pc.is_valid(rows.column("input_tokens")), pc.is_valid(rows.column("output_tokens")))
-    known = pc.and_(pc.and_not(served, excluded), pc.and_not(counted, estimated))
+    known = pc.and_(serving(rows), pc.and_not(counted, estimated))
     return known.fill_null(False)
 
 

@@ -146,7 +146,7 @@ class Door:
                 "lot_id": _constant(str(lot["lot_id"]), n),
                 "round": pa.array(np.full(n, int(str(lot["round"])), np.int16)),
                 "attempt_no": pa.array(np.full(n, attempt_no, np.int16)),
-                "kind": _constant("primary" if attempt_no == 1 else "retry", n),
+                "kind": _constant(str(lot.get("kind") or ("primary" if attempt_no == 1 else "retry")), n),
                 "input_tokens": columns["input_tokens"],
                 "tokens_exact": _array(spilled, "tokens_exact"),
                 "sampling": columns["sampling"],

@@ -25,6 +25,7 @@ from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import PriceSchedule
 from bidbeam.connectors.schemas import SEGMENT
 from bidbeam.connectors.store import Store
+from bidbeam.transforms.charging import served_rows
 from bidbeam.transforms.settling import Terms
 
 OVERHEAD = -1
@@ -132,9 +133,9 @@ def write_segment(store: Store, prefix: str, number: int, rows: pa.Table, terms:
             number += 1
             continue
         break
-    served = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
-    cost = sum_decimal(rows.column("cost"))
-    return SegmentRef(name, rows.num_rows, tuple(r for r, _ in by_range), served, cost)
+    return SegmentRef(
+        name, rows.num_rows, tuple(r for r, _ in by_range), served_rows(rows), sum_decimal(rows.column("cost"))
+    )
 
 
 def segment_number(name: str) -> int:
@@ -217,5 +218,4 @@ def segment_ref(journal: Store, name: str) -> SegmentRef:
         OVERHEAD if b.column("tag")[0].as_py() is None else b.column("tag")[0].as_py() >> 32 for b in batches
     )
     rows = pa.Table.from_batches(batches)
-    served = int(pc.sum(pc.equal(rows.column("status").cast(pa.string()), "ok")).as_py() or 0)
-    return SegmentRef(name, rows.num_rows, ranges, served, sum_decimal(rows.column("cost")))
+    return SegmentRef(name, rows.num_rows, ranges, served_rows(rows), sum_decimal(rows.column("cost")))

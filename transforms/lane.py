@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
+from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
 from bidbeam.transforms.output_checks import check_answers
 from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
 
@@ -28,11 +30,13 @@ NOT_SENT = "not sent"
 
 _LEAST_NOTED = 8
 """Requests that are written down at a time before they are sent, where an engine's window is smaller."""
+_SENT_S = "sent_s"
+"""The lane's clock when a request was handed to the engine, beside what settling asks of it."""
 _LOST = "given up in flight: it may have been served, so it is booked at its worst case"
 
 Tags = np.ndarray[Any, np.dtype[np.int64]]
 Lot = dict[str, Any]
-"""One row of a LOT table, with ``runner_up``: the pool that gets it when its own goes down."""
+"""One row of a LOT table, with ``runner_up``: the pool that gets it when its own goes down. A hedge's has ``kind``."""
 
 
 @dataclass(slots=True)
@@ -92,6 +96,8 @@ class Lane:
     cost: Decimal = Decimal(0)
     settled: int = 0
     failed: int = 0
+    latencies: Latencies = field(default_factory=Latencies)
+    clock: Callable[[], float] = time.monotonic
     _opened: LotRequests | None = None
     _next: tuple[Lot, Future[LotRequests | None]] | None = None
     """The lot that is opened ahead: an engine must not wait for the store."""
@@ -161,7 +167,8 @@ class Lane:
                     self._opened, self._at, self._noted = self._open(lot), 0, 0
                     if self._opened is None:
                         continue
-                    self.lots[self._opened.lot_id] = lot
+                    if lot.get("kind") != HEDGE or self._opened.lot_id not in self.lots:
+                        self.lots[self._opened.lot_id] = lot
                 room = min(room, self._note_ahead(self._opened), self.breaker.allowance)
                 if room == 0:
                     break
@@ -171,7 +178,8 @@ class Lane:
                 # An engine that is gone takes nothing: these rows are then left over.
                 self.engine.submit(part)
                 self.breaker.sent(part.column("tag")[0].as_py())
-                self._outstanding.append(self._opened.info.slice(self._at, room))
+                sent = pa.repeat(pa.scalar(self.clock()), part.num_rows)
+                self._outstanding.append(self._opened.info.slice(self._at, room).append_column(_SENT_S, sent))
                 self._at += part.num_rows
                 self.submitted += part.num_rows
                 self._used = True
@@ -222,13 +230,13 @@ class Lane:
             back = self._match(batch.filter(unsent).column("tag").to_numpy())
             self.submitted -= back.num_rows
             self.closing = True
-            lots = np.array(back.column("lot_id").cast(pa.string()).to_pylist(), dtype=object)
-            for lot_id in dict.fromkeys(lots.tolist()):
-                self._returned.append((self.lots[lot_id], back.column("tag").to_numpy()[lots == lot_id]))
+            self._returned += self._by_lot(back)
             if self.breaker.probe in back.column("tag").to_pylist():
                 self.breaker.probed(None)
             batch = batch.filter(pc.invert(unsent))
         if batch.num_rows:
+            if self.checks:
+                self.latencies.add(batch)
             self._weigh(batch)
             self._results.append(batch)
 
@@ -255,6 +263,63 @@ class Lane:
             self.breaker.probed(checked.column("status")[tags.index(probe)].as_py() == "ok")
         elif checked is not before:
             self.breaker.spoil(pc.sum(pc.and_(_against(checked), pc.equal(before.column("status"), "ok"))).as_py() or 0)
+
+    def overdue(self) -> list[tuple[str, int, int]]:
+        """(lot, attempt number, tag) of what has been out for longer than 95 % of the answers so far took."""
+        if (usual_s := self.latencies.p95_s) is None or self.down:
+            return []
+        since = self.clock() - max(usual_s, LEAST_S)
+        polled = {tag for batch in self._results for tag in batch.column("tag").to_pylist()}
+        late = [batch.filter(pc.less(batch.column(_SENT_S), since)) for batch in self._outstanding]
+        found = [
+            (str(lot_id), number, tag)
+            for batch in late
+            for lot_id, number, tag in zip(
+                *(batch.column(name).to_pylist() for name in ("lot_id", "attempt_no", "tag")), strict=True
+            )
+        ]
+        return [each for each in found if each[2] not in polled]
+
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether a request that comes to it now is sent now."""
+        well = self.open and self.breaker.closed and not isinstance(self.engine, Lasting)
+        return well and self.engine.room > 0 and self._has_loaded()
+
+    def expects(self, tag: int) -> bool:
+        """Whether a request is to be sent, or is out, or has come back and is not settled yet."""
+        return any(tag in tags for _, tags in self.unsettled())
+
+    def withdraw(self, tag: int) -> bool:
+        """Takes a hedge out of the queue; False where it is not there any more."""
+        for lot in self.queue:
+            if lot.get("kind") == HEDGE and tag in all_tags(lot):
+                self.queue.remove(lot)
+                return True
+        return False
+
+    def has_result_of(self, tags: Tags) -> bool:
+        """Whether one of these requests has come back and is not settled yet."""
+        return any(bool(np.isin(batch.column("tag").to_numpy(), tags).any()) for batch in self._results)
+
+    def unsettled(self) -> list[tuple[Lot, Tags]]:
+        """Lots with those of their requests that it was sent, or is to be sent, and that are not settled yet."""
+        found = [(lot, all_tags(lot)) for lot in self.queue]
+        if self._opened is not None:
+            found += self._by_lot(self._opened.info.slice(self._at))
+        return [*found, *(part for batch in self._outstanding for part in self._by_lot(batch))]
+
+    def _by_lot(self, info: pa.RecordBatch) -> list[tuple[Lot, Tags]]:
+        """The lots of which these are rows, hedges apart from others, each with its tags."""
+        lots = np.array(info.column("lot_id").cast(pa.string()).to_pylist(), dtype=object)
+        hedges = pc.equal(info.column("kind").cast(pa.string()), HEDGE).to_numpy(zero_copy_only=False)
+        tags, found = info.column("tag").to_numpy(), list[tuple[Lot, Tags]]()
+        for lot_id in dict.fromkeys(lots.tolist()):
+            lot = {name: value for name, value in self.lots[lot_id].items() if name != "kind"}
+            for kind, mine in (({}, ~hedges), ({"kind": HEDGE}, hedges)):
+                if len(part := tags[mine & (lots == lot_id)]):
+                    found.append(({**lot, **kind}, part))
+        return found
 
     @property
     def awaits_verdict(self) -> bool:
@@ -288,9 +353,7 @@ class Lane:
         """Lots, or the unsent parts of lots, that nobody was asked for: (lot, tags not sent). Empties the queue."""
         left, self._returned = self._returned, []
         if self._opened is not None:
-            tags = self._opened.info.column("tag").to_numpy()[self._at :]
-            if len(tags):
-                left.append((self.lots[self._opened.lot_id], tags))
+            left += self._by_lot(self._opened.info.slice(self._at))
             self._opened = None
         self._noting = None
         while self.queue:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.schemas import COST, DEAD_LETTER_COLUMNS, LABEL, OUTPUT_COLUMNS, REQUESTS
 from bidbeam.transforms.booking import book_rows
+from bidbeam.transforms.charging import serving
 from bidbeam.transforms.compaction import keep_attempts
 from bidbeam.transforms.journal import SegmentRef, read_rows
 from bidbeam.transforms.merging import piece_starts, read_piece, read_range
@@ -164,9 +165,8 @@ class _Book:
         answer, last = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
         rows = np.arange(len(place))
         last[place] = rows
-        ok = pc.equal(attempts.column("status").cast(pa.string()), "ok").to_numpy() if attempts.num_rows else rows > 0
         # Backwards, so that the first answer wins.
-        good = rows[ok.astype(bool)][::-1]
+        good = rows[serving(attempts).to_numpy()][::-1]
         answer[place[good]] = good
         return cls(
             answer[leader],

@@ -62,6 +62,8 @@ class RunContext:
     max_cost: Decimal | None = None
     payment: str = "pay_as_bid"
     """The payment rule of internal pools: see ``transforms.payments``."""
+    hedging: bool = True
+    """Whether the last stragglers of a shift are asked of a second pool: see ``transforms.hedging``."""
     spent: Decimal = Decimal(0)
     """USD that earlier starts of the run have spent."""
     deadline_at: datetime | None = None

@@ -32,6 +32,7 @@ from bidbeam.transforms import dispatch, heartbeat, stopping
 from bidbeam.transforms.batches import settle_strays
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
+from bidbeam.transforms.hedging import HEDGE, TAIL, Hedge, Hedges
 from bidbeam.transforms.journal import (
     SegmentRef,
     list_segments,
@@ -44,8 +45,9 @@ from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
 from bidbeam.transforms.lots import LOT, part_of_lot
 from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
+from bidbeam.transforms.purse import Purse
 from bidbeam.transforms.recount import recount_results
-from bidbeam.transforms.retrying import Retries, worst_case_of
+from bidbeam.transforms.retrying import Retries
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.spilling import SpillRef
@@ -154,14 +156,14 @@ class Shift:
         self._unsent: dict[_LotTry, _Left] = {}
         self._closed_books: list[tuple[pa.Table, Terms]] = []
         """Of engines that are gone, and were started again: SEGMENT rows that are still to be written."""
-        self._retries = Retries()
-        self._retrying = Decimal(0)
+        self._lanes: dict[tuple[str, str, int], Lane] = {}
+        self._retries, self._hedges = Retries(), Hedges()
+        self._purse = Purse(context, task.reserved, self._lanes.values)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._settled_tags = np.zeros(0, np.int64)
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
-        self._lanes: dict[tuple[str, str, int], Lane] = {}
         self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def run(self) -> Iterator[ShiftResult]:
@@ -183,6 +185,7 @@ class Shift:
                     self._heed(lane)
                     if not lane.open:
                         self._hand_over(lane)
+                self._hedge()
                 pending = sum(lane.pending_results for lane in self._lanes.values())
                 if pending >= _SEGMENT_ROWS or (pending and self._flush_due(last_flush)):
                     yield from self._flush(final=False)
@@ -214,7 +217,9 @@ class Shift:
 
     def _flush_due(self, last_flush: float) -> bool:
         waited = time.monotonic() - last_flush >= self._segment_s
-        return waited or any(lane.awaits_verdict for lane in self._lanes.values())
+        lanes, hedged = self._lanes.values(), self._hedges.tags
+        # A verdict that something hangs on, a probe's or a hedge's, is not waited for.
+        return waited or any(lane.awaits_verdict or (len(hedged) and lane.has_result_of(hedged)) for lane in lanes)
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -381,6 +386,9 @@ class Shift:
             lane.notes.append(_AILING)
         waiting: list[Lot] = []
         for lot, tags in lane.leftover():
+            if lot.get("kind") == HEDGE:
+                self._keep_unsent(lot, tags, "server")
+                continue
             target, part = self._runner_up(lot), {**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes()}
             if target is not None and target is not lane and target.breaker.closed:
                 target.queue.append({**part, "runner_up": None})
@@ -410,6 +418,11 @@ class Shift:
         return eligible(json.loads(text) if text else None, self._specs[pool].placement)[0]
 
     def _keep_unsent(self, lot: Lot, tags: Tags, why: str, pool: str | None = None) -> None:
+        if lot.get("kind") == HEDGE:
+            # What the first pool owes stays owed; what it has failed meanwhile is to be tried elsewhere.
+            for failed in self._hedges.unsent(tags.tolist()):
+                self._note_failures(failed)
+            return
         tags = tags[~np.isin(tags, self._settled_tags)]
         if len(tags):
             self._unsent.setdefault((lot["lot_id"], lot["attempt_no"]), _Left(lot)).add(tags, why, pool)
@@ -419,8 +432,7 @@ class Shift:
         deadline = self._context.deadline_at
         late = deadline is not None and self._now() >= deadline
         # Only a provider that reports more than the worst case gets this far: it is bought from no more.
-        bought = sum((lane.cost for lane in self._lanes.values() if not lane.terms.price.by_time), Decimal(0))
-        overspent = self._task.reserved is not None and bought > self._task.reserved
+        overspent = self._purse.overspent
         for lane in self._lanes.values():
             if lane.over_reserve(max(self._segment_s, 2 * _TICK_S)):
                 self._end_time(lane)
@@ -470,8 +482,7 @@ class Shift:
         """Once all is done: gives what failed another try in this round, where one may be had; whether any was."""
         yield from self._flush(final=False)
         again = False
-        self._retrying = Decimal(0)
-        orders: dict[int, pa.Table] = {}
+        self._purse.reckon()
         for (lot_id, number), left in list(self._failed.items()):
             tags = np.unique(np.concatenate(left.tags))
             lanes = {lane.pool: lane for lane in self._lanes_for(left.lot)}
@@ -481,7 +492,7 @@ class Shift:
             )]  # fmt: skip
             for pool, lane in lanes.items():
                 mine = tags[np.array([each == pool for each in chosen], bool)]
-                if not len(mine) or not self._affords(lane, left.lot, mine, orders):
+                if not len(mine) or not self._purse.promise(lane, left.lot, mine):
                     continue
                 tags = tags[~np.isin(tags, mine)]
                 chosen = [each for each in chosen if each != pool]
@@ -513,20 +524,57 @@ class Shift:
         before = self._before.get(lane.pool, heartbeat.SoFar())
         return before.failed + lane.failed <= before.settled + lane.settled
 
-    def _affords(self, lane: Lane, lot: Lot, tags: Tags, orders: dict[int, pa.Table]) -> bool:
-        """Whether what the round reserved and did not spend covers the worst case of asking these again."""
-        if self._task.reserved is None or lane.terms.price.by_time:
-            return True
-        if lot["range"] not in orders:
-            orders[lot["range"]] = read_order(self._context, lot["range"])
-        worst = worst_case_of(
-            orders[lot["range"]], tags & 0xFFFFFFFF, estimated=bool(lot["tokens_estimated"]), terms=lane.terms
-        )
-        bought = sum((each.cost for each in self._lanes.values() if not each.terms.price.by_time), Decimal(0))
-        if bought + self._retrying + worst > self._task.reserved:
+    def _hedge(self) -> None:
+        """In the shift's tail: asks a second pool for what a remote one has been at for too long, once each; calls off
+        what has become superfluous."""
+        for tag, pool in self._hedges.superfluous():
+            lane = next((each for key, each in self._lanes.items() if key[0] == pool and each.expects(tag)), None)
+            if lane is not None and lane.withdraw(tag):
+                self._hedges.unsent([tag])
+            elif lane is not None and not lane.down:
+                lane.engine.cancel([tag])
+        if not self._in_tail():
+            return
+        late = [
+            (lane, lot_id, number, tag)
+            for lane in self._lanes.values()
+            # An engine of ours that makes no step is ended by its watchdog; one that makes steps is only busy.
+            if self._specs[lane.pool].kind == "openai"
+            for lot_id, number, tag in lane.overdue()
+            if not self._hedges.knows(tag)
+        ]
+        if late:
+            self._purse.reckon()
+        for lane, lot_id, number, tag in late:
+            lot = self._lots[lot_id]
+            target = self._second_pool(lane, lot, tag)
+            if target is None or not self._purse.promise(target, lot, np.array([tag])):
+                continue
+            place = np.array([tag & 0xFFFFFFFF], "<u4").tobytes()
+            target.queue.append({**lot, "attempt_no": number + 1, "places": place, "runner_up": None, "kind": HEDGE})
+            self._hedges.add(Hedge(tag, (lane.pool, target.pool), "primary" if number == 1 else "retry", number + 1))
+
+    def _in_tail(self) -> bool:
+        """Whether nothing is left to send, and next to nothing is out."""
+        if self._context.rehearse or not self._context.hedging or stopping.requested():
             return False
-        self._retrying += worst
-        return True
+        lanes = list(self._lanes.values())
+        out = sum(lane.engine_in_flight for lane in lanes)
+        return 0 < out * TAIL <= sum(lane.submitted for lane in lanes) and not any(lane.waiting for lane in lanes)
+
+    def _second_pool(self, lane: Lane, lot: Lot, tag: int) -> Lane | None:
+        """The other of the two pools that the market found best for a lot, where it is well and at hand."""
+        for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
+            if pool is None or pool == lane.pool or pool in self._retries.pools(tag):
+                continue
+            at_hand = any(key[:2] == (pool, lot["model"]) for key in self._lanes)
+            if not at_hand and self._specs[pool].kind != "openai":
+                # No engine is loaded, no node rented, no batch sent for the sake of a hedge.
+                continue
+            target = self._runner_up({**lot, "runner_up": pool})
+            if target is not None and target.takes_at_once:
+                return target
+        return None
 
     def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
         closed, self._closed_books = self._closed_books, []
@@ -541,11 +589,14 @@ class Shift:
             if final:
                 yield from self._written(keep=0)
             return
-        rows = pa.concat_tables(parts).unify_dictionaries()
-        self._note_failures(rows.filter(pc.not_equal(rows.column("status").cast(pa.string()), "ok")))
+        ruled = self._hedges.rule(pa.concat_tables(parts).unify_dictionaries())
+        self._note_failures(ruled.failed)
+        for pool, answered in ruled.passed_over:
+            lane = next(each for each in self._lanes.values() if each.pool == pool)
+            lane.settled, lane.failed = lane.settled - answered, lane.failed - (not answered)
         self._flushes += 1
         # Written beside the loop: a slow store must not leave an engine without work.
-        self._writing.append(self._writer.submit(self._write, rows, tuple(terms.values())))
+        self._writing.append(self._writer.submit(self._write, ruled.rows, tuple(terms.values())))
         yield from self._written(keep=0 if final else _WRITES_AHEAD)
 
     def _write(self, rows: pa.Table, terms: tuple[Terms, ...]) -> SegmentRef:

@@ -26,7 +26,7 @@ from bidbeam.transforms.prompts import PromptSpec
 from bidbeam.transforms.rendering import RenderSpec
 from bidbeam.transforms.reputation import Reputation
 from bidbeam.transforms.run_context import FxQuote, RunContext
-from bidbeam.transforms.shift import ShiftTask
+from bidbeam.transforms.shift_task import ShiftTask
 
 AT = datetime(2026, 1, 2, tzinfo=UTC)
 ROWS = 60

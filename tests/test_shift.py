@@ -27,7 +27,8 @@ from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
 from bidbeam.transforms.retrying import CHARGED_TRIES, TRIES
-from bidbeam.transforms.shift import Award, Shift, ShiftTask
+from bidbeam.transforms.shift import Shift
+from bidbeam.transforms.shift_task import Award, ShiftTask
 
 AT = datetime(2026, 1, 2, tzinfo=UTC)
 TOKENS = {"uncached_input": Decimal("1E-7"), "output": Decimal("4E-7")}

@@ -26,7 +26,9 @@ from bidbeam.transforms import bid, breaker, engines, shift
 from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.journal import SegmentRef, read_segment, spent_on
-from bidbeam.transforms.shift import NO_SECOND_TRY, Shift, ShiftTask
+from bidbeam.transforms.leftovers import NO_SECOND_TRY
+from bidbeam.transforms.shift import Shift
+from bidbeam.transforms.shift_task import ShiftTask
 
 RUNS = int(os.environ.get("BIDBEAM_RUNS", "300"))
 BATCHES = 20

@@ -28,7 +28,7 @@ from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms, worst_case_cost
-from bidbeam.transforms.shift import Award, ShiftTask
+from bidbeam.transforms.shift_task import Award, ShiftTask
 
 _ESTIMATE, _TEMPLATE_TOKENS = 4, 64
 """Where tokens are estimates: at worst every byte is one, and a chat template adds so many to a request."""

@@ -30,7 +30,7 @@ from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
-from bidbeam.transforms.shift import Award, ShiftTask
+from bidbeam.transforms.shift_task import Award, ShiftTask
 from bidbeam.transforms.side_inputs import listed
 
 _WAITING, _REFUSED = "waiting", "refused"

@@ -14,7 +14,7 @@ from bidbeam.connectors.errors import AlreadyExists
 from bidbeam.connectors.ledger_manifest import PartFile
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.transforms.run_context import RunContext
-from bidbeam.transforms.shift import ShiftTask
+from bidbeam.transforms.shift_task import ShiftTask
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from bidbeam.transforms.failures import reported
 from bidbeam.transforms.journal import SegmentRef
 from bidbeam.transforms.plan_lots import Plan
 from bidbeam.transforms.run_context import RunContext
-from bidbeam.transforms.shift import Shift, ShiftTask
+from bidbeam.transforms.shift import Shift
+from bidbeam.transforms.shift_task import ShiftTask
 from bidbeam.transforms.spilling import SpillRef
 
 _UNSERVED = "unserved"

@@ -16,7 +16,7 @@ from bidbeam.transforms.run_context import RunContext
 class Purse:
     """``reserved`` USD (None: there is no budget) for all ``lanes`` together whose pools are paid by the token.
 
-    Time is walled off by itself: see ``shift.Award.reserved_ms``.
+    Time is walled off by itself: see ``shift_task.Award.reserved_ms``.
     """
 
     def __init__(self, context: RunContext, reserved: Decimal | None, lanes: Callable[[], Iterable[Lane]]) -> None:

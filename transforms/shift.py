@@ -11,15 +11,13 @@ import hashlib
 import json
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,14 +40,13 @@ from bidbeam.transforms.journal import (
     write_segment,
 )
 from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
-from bidbeam.transforms.lots import LOT, part_of_lot
-from bidbeam.transforms.order import read_order
+from bidbeam.transforms.leftovers import Leftovers
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.purse import Purse
 from bidbeam.transforms.recount import recount_results
-from bidbeam.transforms.retrying import Retries
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
+from bidbeam.transforms.shift_task import ShiftTask
 from bidbeam.transforms.spilling import SpillRef
 
 _SEGMENT_ROWS = 65_536
@@ -63,40 +60,6 @@ _GRACE_S = 10.0
 
 _AILING = "most of what it was asked of late failed; it gets one request at a time until one is answered"
 
-NO_SECOND_TRY = frozenset({"caller", "policy"})
-"""Classes of error that another pool would answer the same way: final at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Award:
-    """One pool's part of a shift: its lots in order (LOT plus ``runner_up``), under terms frozen at the award."""
-
-    pool: str
-    replica: int
-    lots: pa.Table
-    terms: dict[str, Terms]
-    """By model."""
-    reserved_ms: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class ShiftTask:
-    """The element that generate works through. Pickles small: lots are references."""
-
-    round: int
-    shift: int
-    awards: tuple[Award, ...]
-    runner_up_terms: dict[tuple[str, str], Terms] = field(default_factory=dict)
-    """Terms of (pool, model) pairs that lots may be handed to."""
-    reserved: Decimal | None = None
-    """USD that this round may cost on pools paid by the token; None: there is no budget."""
-    adopts: tuple[tuple[str, str], ...] = ()
-    """(pool, model) pairs that have batches of an earlier start: waited for, whether or not they are awarded a lot."""
-
-    @property
-    def prefix(self) -> str:
-        return f"r{self.round:03d}-s{self.shift:03d}"
-
 
 @dataclass(frozen=True, slots=True)
 class ShiftResult:
@@ -104,26 +67,6 @@ class ShiftResult:
 
     segment: SegmentRef | None = None
     unserved: pa.Table | None = None
-
-
-_LotTry = tuple[str, int]
-"""A lot's id and the number of the attempt at its requests."""
-
-
-@dataclass(slots=True)
-class _Left:
-    """Requests of one lot that got no answer: their tags, the last reason, and the pools whose fault it was."""
-
-    lot: Lot
-    tags: list[Tags] = field(default_factory=list)
-    why: str = ""
-    pools: set[str] = field(default_factory=set)
-
-    def add(self, tags: Tags, why: str, pool: str | None) -> None:
-        self.tags.append(tags)
-        self.why = why
-        if pool is not None:
-            self.pools.add(pool)
 
 
 class Shift:
@@ -152,18 +95,16 @@ class Shift:
         self._dispatches = 0
         self._try = 0
         self._writing: deque[Future[SegmentRef]] = deque()
-        self._failed: dict[_LotTry, _Left] = {}
-        self._unsent: dict[_LotTry, _Left] = {}
         self._closed_books: list[tuple[pa.Table, Terms]] = []
         """Of engines that are gone, and were started again: SEGMENT rows that are still to be written."""
         self._lanes: dict[tuple[str, str, int], Lane] = {}
-        self._retries, self._hedges = Retries(), Hedges()
+        self._hedges = Hedges()
         self._purse = Purse(context, task.reserved, self._lanes.values)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
-        self._settled_tags = np.zeros(0, np.int64)
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
+        self._left = Leftovers(context, task.round, self._lots)
         self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def run(self) -> Iterator[ShiftResult]:
@@ -202,7 +143,7 @@ class Shift:
             dispatch.close(self._context.journal, self._context.scratch_name, self._task.prefix)
         if stopping.requested():
             raise Interrupted("stopped by a signal; what was settled is kept")
-        yield ShiftResult(unserved=self._unserved())
+        yield ShiftResult(unserved=self._left.unserved())
 
     @contextmanager
     def _left_on_error(self) -> Iterator[None]:
@@ -241,7 +182,7 @@ class Shift:
             failed.append(rows.filter(pc.invert(rows_lost)))
             yield ShiftResult(segment=segment_ref(self._context.journal, name))
         if tags:
-            self._settled_tags = np.unique(np.concatenate(tags))
+            self._left.settled = np.unique(np.concatenate(tags))
             self._failed_before = _last_failures(pa.concat_tables(failed))
 
     def _open_lanes(self) -> None:
@@ -334,9 +275,9 @@ class Shift:
         return self._opener.submit(self._opened_lot, lot, engine.wants)
 
     def _opened_lot(self, lot: Lot, wants: frozenset[str]) -> LotRequests | None:
-        if len(self._settled_tags):
+        if len(self._left.settled):
             tags = all_tags(lot)
-            left = tags[~np.isin(tags, self._settled_tags)]
+            left = tags[~np.isin(tags, self._left.settled)]
             if len(left) == 0:
                 return None
             lot = {**lot, "places": (left & 0xFFFFFFFF).astype("<u4").tobytes()}
@@ -423,9 +364,10 @@ class Shift:
             for failed in self._hedges.unsent(tags.tolist()):
                 self._note_failures(failed)
             return
-        tags = tags[~np.isin(tags, self._settled_tags)]
-        if len(tags):
-            self._unsent.setdefault((lot["lot_id"], lot["attempt_no"]), _Left(lot)).add(tags, why, pool)
+        self._left.keep_unsent(lot, tags, why, pool)
+
+    def _note_failures(self, rows: pa.Table) -> None:
+        self._left.note_failures(rows, {lane.pool: lane.stopped for lane in self._lanes.values() if lane.stopped})
 
     def _check_walls(self, stop_at: float | None) -> float | None:
         """Deadline, reserved money and time, interruption: who gets no more, and what is cancelled."""
@@ -483,25 +425,9 @@ class Shift:
         yield from self._flush(final=False)
         again = False
         self._purse.reckon()
-        for (lot_id, number), left in list(self._failed.items()):
-            tags = np.unique(np.concatenate(left.tags))
-            lanes = {lane.pool: lane for lane in self._lanes_for(left.lot)}
-            # Of what an earlier try of this bundle has settled nobody here knows how often it was tried.
-            chosen = [None if settled else self._retries.next_pool(tag, list(lanes)) for tag, settled in zip(
-                tags.tolist(), np.isin(tags, self._settled_tags).tolist(), strict=True
-            )]  # fmt: skip
-            for pool, lane in lanes.items():
-                mine = tags[np.array([each == pool for each in chosen], bool)]
-                if not len(mine) or not self._purse.promise(lane, left.lot, mine):
-                    continue
-                tags = tags[~np.isin(tags, mine)]
-                chosen = [each for each in chosen if each != pool]
-                places = (mine & 0xFFFFFFFF).astype("<u4").tobytes()
-                lane.queue.append({**left.lot, "attempt_no": number + 1, "places": places, "runner_up": None})
-                again = True
-            left.tags = [tags]
-            if not len(tags):
-                del self._failed[lot_id, number]
+        for lane, lot in self._left.try_again(self._lanes_for, self._purse.promise):
+            lane.queue.append(lot)
+            again = True
         return again
 
     def _lanes_for(self, lot: Lot) -> Iterator[Lane]:
@@ -565,7 +491,7 @@ class Shift:
     def _second_pool(self, lane: Lane, lot: Lot, tag: int) -> Lane | None:
         """The other of the two pools that the market found best for a lot, where it is well and at hand."""
         for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
-            if pool is None or pool == lane.pool or pool in self._retries.pools(tag):
+            if pool is None or pool == lane.pool or pool in self._left.failed_on(tag):
                 continue
             at_hand = any(key[:2] == (pool, lot["model"]) for key in self._lanes)
             if not at_hand and self._specs[pool].kind != "openai":
@@ -609,61 +535,6 @@ class Shift:
         """Segments that are on the store, in order; waits until no more than ``keep`` are not."""
         while self._writing and (len(self._writing) > keep or self._writing[0].done()):
             yield ShiftResult(segment=self._writing.popleft().result())
-
-    def _note_failures(self, rows: pa.Table) -> None:
-        rows = rows.filter(pc.is_valid(rows.column("tag")))
-        if rows.num_rows == 0:
-            return
-        tags = rows.column("tag").to_numpy()
-        lots, classes, pools = (
-            rows.column(name).cast(pa.string()).to_pylist() for name in ("lot_id", "error_class", "pool")
-        )
-        numbers = rows.column("attempt_no").to_pylist()
-        paid = pc.greater(rows.column("cost"), 0).to_pylist()
-        gone = pc.equal(rows.column("status").cast(pa.string()), "lost").to_pylist()
-        stopped = {lane.pool: lane.stopped for lane in self._lanes.values() if lane.stopped}
-        for tag, lot_id, number, error, pool, charged, lost in zip(
-            tags, lots, numbers, classes, pools, paid, gone, strict=True
-        ):
-            if error in NO_SECOND_TRY:
-                continue
-            # What we cancelled ourselves is no fault of the pool's.
-            ours = error is None and pool in stopped
-            if not ours:
-                self._retries.note(tag, pool, charged=charged, lost=lost)
-            left = self._failed.setdefault((lot_id, number), _Left({**self._lots[lot_id], "attempt_no": number}))
-            left.add(np.array([tag]), stopped[pool] if ours else error or "server", None if ours else pool)
-            left.pools |= self._retries.pools(tag)
-
-    # -- after ----------------------------------------------------------------------------------------------------
-
-    def _unserved(self) -> pa.Table:
-        """What goes to the next round, as lots: failed requests one attempt further, unsent ones where they were."""
-        orders: dict[int, pa.Table] = {}
-        rows = [self._remainder(left, orders, tried=True) for left in self._failed.values()]
-        rows += [self._remainder(left, orders, tried=False) for left in self._unsent.values()]
-        parts: Counter[str] = Counter()
-        for row in rows:
-            lot_id = row["lot_id"]
-            if parts[lot_id]:
-                # Parts of one lot are lots of their own from here on.
-                row["lot_id"] = f"{lot_id}~{self._task.round + 1}" + (f"-{parts[lot_id]}" if parts[lot_id] > 1 else "")
-            parts[lot_id] += 1
-        return pa.Table.from_pylist(rows, schema=LOT)
-
-    def _remainder(self, left: _Left, orders: dict[int, pa.Table], *, tried: bool) -> dict[str, Any]:
-        lot = left.lot
-        if lot["range"] not in orders:
-            orders[lot["range"]] = read_order(self._context, lot["range"])
-        order = orders[lot["range"]]
-        places = np.unique(np.concatenate(left.tags)) & 0xFFFFFFFF
-        return {
-            **part_of_lot(self._context, lot, order, places),
-            "round": self._task.round + 1,
-            "attempt_no": lot["attempt_no"] + (1 if tried else 0),
-            "last_error": left.why,
-            "failed_on": sorted({*(lot["failed_on"] or ()), *left.pools}),
-        }
 
 
 def _last_failures(rows: pa.Table) -> pa.Table:

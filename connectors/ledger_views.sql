@@ -75,6 +75,22 @@ SELECT
 FROM charges
 GROUP BY run_id, run_date, pool, currency;
 
+-- Where each run's money went: on answers (kind primary or retry, status ok), on second tries, on hedges that were not
+-- needed, on what was lost, on accelerators that idled. An attempt that was charged for nothing costs 0.
+CREATE OR REPLACE VIEW cost_by_kind AS
+WITH charged AS (
+    SELECT attempt_id, bidbeam_whole(cost) AS cost
+    FROM charges
+    GROUP BY attempt_id
+)
+SELECT
+    attempt.run_id, attempt.pool, attempt.kind, attempt.status, attempt.error_class,
+    count(*) AS attempts,
+    CAST(bidbeam_whole(CASE WHEN charged.attempt_id IS NULL THEN 0 ELSE charged.cost END) AS DECIMAL(38, 18)) AS cost
+FROM attempts AS attempt
+LEFT JOIN charged ON charged.attempt_id = attempt.attempt_id
+GROUP BY attempt.run_id, attempt.pool, attempt.kind, attempt.status, attempt.error_class;
+
 -- What each pool charged each UTC day, to hold against its invoices.
 CREATE OR REPLACE VIEW cost_by_day AS
 SELECT

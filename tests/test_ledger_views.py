@@ -83,6 +83,18 @@ def test_cost_by_pool_is_the_whole_bill(ledger: Store) -> None:
     assert rows(ledger, "SELECT sum(cost) AS s FROM charges") == rows(ledger, "SELECT sum(cost) AS s FROM cost_by_pool")
 
 
+def test_cost_by_kind_says_what_served_nobody(ledger: Store) -> None:
+    """Failed tries and idle time stand apart from answers, every attempt is in one row, and nothing is missing."""
+    found = rows(ledger, "FROM cost_by_kind")
+    by = {(row["pool"], row["kind"], row["status"]): (row["attempts"], row["cost"]) for row in found}
+    # 100 x 0.0000001 for what failed
+    assert by["chutes", "primary", "failed"] == (1, Decimal("0.00001"))
+    # 0.5 s idle at 0.000197222222222
+    assert by["own", "overhead", "ok"] == (1, Decimal("0.000098611111111"))
+    assert rows(ledger, "SELECT sum(cost) AS s FROM charges") == rows(ledger, "SELECT sum(cost) AS s FROM cost_by_kind")
+    assert rows(ledger, "SELECT count(*) AS n FROM attempts") == [{"n": sum(row["attempts"] for row in found)}]
+
+
 def test_cost_by_day_is_by_utc_days_in_any_time_zone(ledger: Store, plain: duckdb.DuckDBPyConnection) -> None:
     """A charge one second before midnight UTC is on that day, also for a session in New York."""
     expected = [(str(LATE.date()), "subnet", Decimal("0.000005832992"))]

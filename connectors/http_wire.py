@@ -49,6 +49,7 @@ class Outcome:
     finish_reason: str | None = None
     input_tokens: int | None = None
     cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
     output_tokens: int | None = None
     usage_source: str | None = None
     provider_request_id: str | None = None
@@ -246,17 +247,21 @@ _EXPLAINED = {
 
 def _usage(profile: Profile, document: object) -> dict[str, Any]:
     """The reported counts. What is missing, negative or not whole counts as not reported, as do cached tokens that
-    exceed the input they are a part of.
+    exceed the input they are a part of, and tokens written to a cache that exceed the rest of it.
     """
     counted = whole(pointer(document, profile.usage.input))
     cached = whole(pointer(document, profile.usage.cached))
     output = whole(pointer(document, profile.usage.output))
     if cached is not None and (counted is None or cached > counted):
         cached = None
+    written = whole(pointer(document, profile.usage.cache_write))
+    if written is not None and (counted is None or (cached or 0) + written > counted):
+        written = None
     reported = counted is not None or output is not None
     return {
         "input_tokens": counted,
         "cached_tokens": cached,
+        "cache_write_tokens": written,
         "output_tokens": output,
         "usage_source": "reported" if reported else None,
     }

@@ -58,12 +58,13 @@ class ErrorRule:
 
 @dataclass(frozen=True, slots=True)
 class UsagePointers:
-    """RFC 6901 pointers into an answer. ``input`` includes cached tokens; ``output`` is that of all samples; ``cost``
-    is the provider's own figure in US dollars.
+    """RFC 6901 pointers into an answer. ``input`` includes cached tokens and those written to a cache; ``output`` is
+    that of all samples; ``cost`` is the provider's own figure in US dollars.
     """
 
     input: str = "/usage/prompt_tokens"
     cached: str = "/usage/prompt_tokens_details/cached_tokens"
+    cache_write: str = "/usage/prompt_tokens_details/cache_write_tokens"
     output: str = "/usage/completion_tokens"
     cost: str | None = "/usage/cost"
 

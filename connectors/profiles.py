@@ -48,7 +48,13 @@ _BUILT_IN: tuple[Profile, ...] = (
         choices={"max_tokens_field": _LIMITS},
         variants=_OTHER_LIMIT,
     ),
-    Profile("vllm", error_map=profile_errors.OPENAI, takes_cache_salt=True),
+    Profile(
+        "vllm",
+        # What it writes to its cache costs nothing by itself: a meter only where the pool's price has one.
+        usage=UsagePointers(cache_write="/usage/prompt_tokens_details/created_cache_tokens"),
+        error_map=profile_errors.OPENAI,
+        takes_cache_salt=True,
+    ),
     Profile(
         "openai",
         base_url="https://api.openai.com/v1",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-LEDGER_VERSION = 2
+LEDGER_VERSION = 3
 
 LABEL = pa.dictionary(pa.int32(), pa.string())
 UTC = pa.timestamp("us", "UTC")
@@ -89,8 +89,13 @@ ATTEMPTS = _schema(
     ("http_status", pa.int16()), ("input_tokens", pa.int64()), ("cached_tokens", pa.int64()),
     ("output_tokens", pa.int64()), ("recount_input_tokens", pa.int64()), ("recount_output_tokens", pa.int64()),
     ("usage_source", LABEL), ("provider_request_id", pa.string()), ("provider_cost", COST), ("jurisdiction", LABEL),
-    ("operator", LABEL), ("endpoint_host", LABEL),
+    ("operator", LABEL), ("endpoint_host", LABEL), ("finish_reason", LABEL), ("cache_write_tokens", pa.int64()),
+    ("model_returned", LABEL), ("other_model", pa.bool_()),
 )  # fmt: skip
+"""``jurisdiction`` is where the answer says that it was processed; where it says nothing, what the pool declares.
+``finish_reason`` is the provider's word; ``length``: cut off at max_tokens, as at least one of the samples was.
+``cache_write_tokens`` are input tokens too, and none of the cached ones. ``model_returned`` is the model that the
+answer names, ``other_model`` whether that is plainly another one than was asked for; NULL: nothing to compare."""
 
 CHARGES = _schema(
     ("charge_id", UUID), ("run_id", LABEL), ("run_date", pa.date32()), ("request_id", pa.string()),
@@ -123,7 +128,6 @@ SEGMENT = _schema(
     *((field.name, field.type) for field in ATTEMPTS if field.name != "run_id"),
     ("output", pa.large_string()),
     ("samples", pa.list_(pa.large_string())),
-    ("finish_reason", LABEL),
     *((name, QUANTITY) for name in METER_COLUMNS.values()),
     ("price_id", LABEL),
     ("cost", COST),

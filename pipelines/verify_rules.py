@@ -81,13 +81,16 @@ RULES = (
     ),
     Rule(
         "attempts.tokens",
-        "cached tokens are a subset of input tokens, no count is negative, and nothing ends before it starts",
+        "cached and cache-written tokens are parts of the input, no count is negative, nothing ends before it starts",
         "attempts",
         """
-        SELECT run_id, attempt_id, input_tokens, cached_tokens, output_tokens, started_at, finished_at
+        SELECT
+            run_id, attempt_id, input_tokens, cached_tokens, cache_write_tokens, output_tokens, started_at, finished_at
         FROM attempts
-        WHERE cached_tokens > input_tokens OR (cached_tokens IS NOT NULL AND input_tokens IS NULL)
-            OR least(input_tokens, cached_tokens, output_tokens) < 0 OR finished_at < started_at""",
+        WHERE coalesce(cached_tokens, 0) + coalesce(cache_write_tokens, 0) > input_tokens
+            OR (coalesce(cached_tokens, cache_write_tokens) IS NOT NULL AND input_tokens IS NULL)
+            OR least(input_tokens, cached_tokens, cache_write_tokens, output_tokens) < 0
+            OR finished_at < started_at""",
     ),
     Rule(
         "attempts.charged",

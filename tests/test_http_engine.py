@@ -213,6 +213,25 @@ def test_impossible_usage_counts_as_not_reported(usage: Any, expected: tuple[Any
     assert (result.input_tokens, result.cached_tokens, result.output_tokens, result.usage_source) == expected
 
 
+@pytest.mark.parametrize(
+    ("profile", "details", "expected"),
+    [
+        ("openrouter", {"cached_tokens": 4, "cache_write_tokens": 5}, (4, 5)),
+        ("openrouter", {"cached_tokens": 4, "cache_write_tokens": 6}, (4, None)),
+        ("openrouter", {"cache_write_tokens": 9}, (None, 9)),
+        ("openrouter", {"cached_tokens": 0, "cache_write_tokens": -1}, (0, None)),
+        ("openrouter", {"created_cache_tokens": 5}, (None, None)),
+        ("vllm", {"cached_tokens": 4, "created_cache_tokens": 5}, (4, 5)),
+    ],
+)
+def test_reads_what_was_written_to_a_cache(profile: str, details: Any, expected: tuple[Any, ...]) -> None:
+    """Each profile knows where it stands; more than the input that was no hit is not believed."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": details}
+    body = {"choices": [{"message": {"content": "hi"}}], "usage": usage}
+    result = answer(body, profile=PROFILES[profile])
+    assert (result.cached_tokens, result.cache_write_tokens) == expected
+
+
 def test_missing_usage_leaves_nulls() -> None:
     """An answer without usage is an answer; its tokens are for the settling to count."""
     result = one(NO_USAGE)
@@ -624,6 +643,9 @@ def check(outcome: Outcome) -> None:
     if outcome.cached_tokens is not None:
         assert outcome.input_tokens is not None
         assert outcome.cached_tokens <= outcome.input_tokens
+    if outcome.cache_write_tokens is not None:
+        assert outcome.input_tokens is not None
+        assert (outcome.cached_tokens or 0) + outcome.cache_write_tokens <= outcome.input_tokens
     pa.array([outcome.output], pa.large_string())
     pa.array([outcome.error_message], pa.string())
     pa.array([outcome.provider_cost], pa.decimal128(38, 18))
@@ -649,7 +671,7 @@ ANSWER = st.fixed_dictionaries(
                 "prompt_tokens": JSON,
                 "completion_tokens": JSON,
                 "cost": JSON,
-                "prompt_tokens_details": st.fixed_dictionaries({"cached_tokens": JSON}),
+                "prompt_tokens_details": st.fixed_dictionaries({"cached_tokens": JSON, "cache_write_tokens": JSON}),
             },
         ),
         "choices": JSON

@@ -199,6 +199,7 @@ FROM auctions;
 
 -- What pools reported against what we counted ourselves, and what they say they billed against what we computed.
 -- Differences (…_off: theirs minus ours) are over the attempts where both are known; compared_… says how many.
+-- other_model counts the answers that plainly name another model than was asked for; other_models names them.
 CREATE OR REPLACE VIEW reconciliation AS
 WITH computed AS (
     SELECT attempt_id, bidbeam_whole(cost) AS cost
@@ -219,7 +220,11 @@ SELECT
     CAST(sum(computed.cost) AS DECIMAL(38, 18)) AS cost,
     CAST(sum(attempt.provider_cost) AS DECIMAL(38, 18)) AS provider_cost,
     count(attempt.provider_cost - computed.cost) AS compared_cost,
-    CAST(sum(attempt.provider_cost - computed.cost) AS DECIMAL(38, 18)) AS cost_off
+    CAST(sum(attempt.provider_cost - computed.cost) AS DECIMAL(38, 18)) AS cost_off,
+    count(attempt.other_model) AS compared_model,
+    count(*) FILTER (attempt.other_model) AS other_model,
+    string_agg(DISTINCT attempt.model_returned, ', ' ORDER BY attempt.model_returned)
+        FILTER (attempt.other_model) AS other_models
 FROM attempts AS attempt
 LEFT JOIN computed ON computed.attempt_id = attempt.attempt_id
 WHERE attempt.kind <> 'overhead'

@@ -101,7 +101,7 @@ def settle(
         name: results.column(name)
         for name in (
             "started_at", "finished_at", "status", "error_class", "error_message", "http_status", "output", "samples",
-            "finish_reason", "provider_request_id", "provider_cost", "endpoint_host",
+            "finish_reason", "model_returned", "other_model", "provider_request_id", "provider_cost", "endpoint_host",
         )
     }  # fmt: skip
     columns |= {

@@ -114,7 +114,10 @@ WITH listed AS (
         max(unit_price) FILTER (WHERE meter = 'cached_input') AS cached_price,
         max(unit_price) FILTER (WHERE meter = 'output') AS output_price,
         max(unit_price) FILTER (WHERE meter = 'request') AS request_price
-    FROM baselines
+    FROM (
+        FROM baselines
+        -- A list may have changed between two starts of a run: the latest one counts.
+        QUALIFY "start" IS NOT DISTINCT FROM max("start") OVER (PARTITION BY run_id))
     GROUP BY run_id, baseline, model
 ), named AS (
     SELECT DISTINCT run_id, baseline FROM listed
@@ -193,7 +196,7 @@ LEFT JOIN summed ON summed.run_id = counted.run_id AND summed.pool = counted.poo
 -- was started again has a clearing for each round of each start.
 CREATE OR REPLACE VIEW regret AS
 SELECT
-    run_id, round, cleared_at, lots, awarded, pools, objective, lp_bound,
+    run_id, "start", round, cleared_at, lots, awarded, pools, objective, lp_bound,
     CAST(objective - lp_bound AS DECIMAL(38, 18)) AS gap, regret
 FROM auctions;
 

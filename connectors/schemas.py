@@ -102,18 +102,25 @@ CHARGES = _schema(
     ("attempt_id", UUID), ("pool", LABEL), ("meter", LABEL), ("quantity", QUANTITY), ("unit_price", UNIT_PRICE),
     ("currency", LABEL), ("cost_native", COST), ("fx_rate", FX_RATE), ("fx_source", LABEL), ("fx_at", UTC),
     ("cost", COST), ("baseline_cost", COST), ("price_id", LABEL), ("charged_at", UTC), ("tags", LABEL),
+    ("baseline", LABEL),
 )  # fmt: skip
+"""``baseline`` names the list price that ``baseline_cost`` is counted by; NULL: the run had none when it was booked."""
 
 BASELINES = _schema(
     ("run_id", pa.string()), ("baseline", pa.string()), ("meter", pa.string()), ("unit_price", UNIT_PRICE),
-    ("valid_from", UTC), ("source", pa.string()), ("model", pa.string()),
+    ("valid_from", UTC), ("source", pa.string()), ("model", pa.string()), ("start", pa.int32()),
 )  # fmt: skip
 """The list prices (USD) that the run's savings are counted against; the first one is ``charges.baseline_cost``.
-``model`` NULL: of every model."""
+``model`` NULL: of every model. ``start``: which start of the run wrote the row; a list may change between two."""
+
+START = pa.field("start", pa.int32())
+"""Which start of the run a round was of: rounds begin anew with each. Of a market's tables, from where it is written
+down (``decisions``): the market itself knows of no start."""
 
 TABLES: dict[str, pa.Schema] = {
-    "runs": RUNS, "requests": REQUESTS, "prices": PRICES, "lots": LOTS, "bids": BIDS, "awards": AWARDS,
-    "auctions": AUCTIONS, "attempts": ATTEMPTS, "charges": CHARGES, "baselines": BASELINES,
+    "runs": RUNS, "requests": REQUESTS, "prices": PRICES, "lots": LOTS.append(START), "bids": BIDS.append(START),
+    "awards": AWARDS.append(START), "auctions": AUCTIONS.append(START), "attempts": ATTEMPTS, "charges": CHARGES,
+    "baselines": BASELINES,
 }  # fmt: skip
 
 METER_COLUMNS = {

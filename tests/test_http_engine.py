@@ -233,7 +233,7 @@ def test_reads_what_was_written_to_a_cache(profile: str, details: Any, expected:
 
 
 def test_the_model_that_an_answer_names_is_kept_and_compared() -> None:
-    """A dated name is the same model, another family is told and changes nothing else; without a name all is unknown."""
+    """A dated name is the same model, another family is told and no more; without a name all is unknown."""
     for said, expected in (("tiny-2026-01-31", False), ("other-7b", True), (None, None)):
         with driving(Reply(merge={"model": said})) as (driver, _):
             result = driver.run([row(1)])[1]

@@ -201,6 +201,7 @@ def _baselines(context: RunContext) -> list[PartFile]:
             "valid_from": each.valid_from,
             "source": each.source,
             "model": each.model,
+            "start": context.start,
         }
         for baseline in (context.baseline, *context.other_baselines)
         for each in (baseline, *baseline.also)
@@ -208,7 +209,9 @@ def _baselines(context: RunContext) -> list[PartFile]:
         if unit_price is not None
     ]
     table = pa.Table.from_pylist(rows, schema=BASELINES)
-    return [write_part(context.ledger, "baselines", context.run_date, context.run_id, f"s{context.start:03d}", table)]
+    # Named as parts are that later starts keep: what this one booked was counted by it.
+    part = f"s{context.start:03d}-list"
+    return [write_part(context.ledger, "baselines", context.run_date, context.run_id, part, table)]
 
 
 def _meters(baseline: Baseline) -> dict[str, Decimal | None]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pytest
 from small_jobs import check_conserved, make_job, prompts, remote, written
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
+from bidbeam.connectors.engine import RESULT_SCHEMA
+from bidbeam.connectors.http_wire import read_answer
 from bidbeam.connectors.ledger_reader import open_ledger, run_query
+from bidbeam.connectors.profiles import PROFILES
 from bidbeam.pipelines.jsonable import jsonable
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.show import summary_text
+from bidbeam.pipelines.verify import verify_ledger
+from bidbeam.transforms.region_check import check_regions
 
 
 def named(seen: Seen) -> Reply:
@@ -61,3 +69,90 @@ def test_counts_go_over_all_starts(tmp_path: Path) -> None:
     assert (second.truncated, second.served, dict(second.other_models)) == (6, 6, {"other-7b": 6})
     assert [pool.other_model for pool in second.pools] == [6]
     assert second.cost > first.cost > Decimal(0)
+
+
+def azure(name: str, base_url: str, **keys: Any) -> dict[str, Any]:
+    """A pool whose answers name their region."""
+    return remote(name, base_url, profile="azure", api_key_env="TOLD_KEY", **keys)
+
+
+def test_answers_from_elsewhere_are_failures_and_the_pool_gets_no_more_of_what_is_restricted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are booked with their usage and where they came from; another pool serves the requests; rows that may go
+    anywhere may come back to it in the next round."""
+    monkeypatch.setenv("TOLD_KEY", "some-key")
+    rows = prompts(60)
+    asked = ['{"jurisdictions":["EEA"]}', None]
+    rows = rows.append_column("placement", pa.array([asked[n % 2] for n in range(60)]))
+    with (
+        EndpointDouble(["tiny"], Reply(headers={"x-ms-region": "East US"})) as liar,
+        EndpointDouble(["tiny"], Reply(headers={"x-ms-region": "Sweden Central"})) as honest,
+    ):
+        pools = [
+            azure("liar", liar.base_url, price={"input": "0.01", "output": "0.01"}, placement={"jurisdiction": "DE"}),
+            azure("honest", honest.base_url, placement={"jurisdiction": "EU", "data_zone": "EEA"}),
+        ]
+        job = make_job(tmp_path, rows, pools, auction={"rounds": 3})
+        summary = run(job)
+    found = written(job)
+    check_conserved(found, 60)
+    assert (summary.status, summary.served) == ("complete", 60)
+    restricted = {f"q{n}" for n in range(0, 60, 2)}
+    astray = [row for row in found.attempts if row["error_class"] == "policy"]
+    assert 0 < len(astray) <= 8
+    for row in astray:
+        assert (row["pool"], row["status"], row["jurisdiction"]) == ("liar", "failed", "US")
+        assert row["error_message"] == "the answer says that it was processed in US, and the pool declares DE"
+        assert row["input_tokens"] > 0
+    charged = {row["attempt_id"] for row in found.rows("charges") if row["cost"] > 0}
+    assert {row["attempt_id"] for row in astray} <= charged
+    by_pool = {(row["pool"], row["jurisdiction"]) for row in found.attempts if row["status"] == "ok"}
+    assert by_pool <= {("honest", "SE"), ("liar", "US")}
+    assert restricted <= {row["request_id"] for row in found.attempts if row["pool"] == "honest"}
+    assert all(row["request_id"] not in restricted for row in found.attempts if row["jurisdiction"] == "US"
+               and row["status"] == "ok")  # fmt: skip
+    later = [row for row in found.rows("bids") if row["round"] > 1 and row["pool"] == "liar"]
+    assert all(not row["eligible"] for row in later if row["reject_reason"] == "placement:jurisdiction (undeclared)")
+    # Where a prompt went that was not to go there, the ledger says so for good.
+    failed = [check.name for check in verify_ledger(job.ledger).checks if check.failed]
+    assert failed == (["attempts.jurisdiction"] if {row["request_id"] for row in astray} & restricted else [])
+
+
+def test_a_pool_alone_is_not_left_without_what_may_go_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What restricts nothing is asked of it again, its label being void; what may not go there ends for want of a
+    pool, and a later start tries it where a pool has come."""
+    monkeypatch.setenv("TOLD_KEY", "some-key")
+    rows = prompts(8).append_column("placement", pa.array(['{"jurisdictions":["DE"]}', None] * 4))
+    with EndpointDouble(["tiny"], Reply(headers={"x-ms-region": "eastus2"})) as liar:
+        only = azure("liar", liar.base_url, placement={"jurisdiction": "DE"})
+        job = make_job(tmp_path, rows, [only], auction={"rounds": 2})
+        first = run(job)
+        assert (first.served, dict(first.dead)) == (4, {"no_eligible_pool": 4})
+        with EndpointDouble(["tiny"]) as other:
+            pools = [remote("other", other.base_url, placement={"jurisdiction": "DE"})]
+            second = run(make_job(tmp_path, rows, pools, auction={"rounds": 2}))
+    assert (second.served, second.status) == (8, "complete")
+
+
+def test_nothing_is_compared_where_nothing_is_declared_or_said() -> None:
+    """A pool that declares nothing, one that may be anywhere, a region nobody knows and a silent answer all pass."""
+    told = pa.RecordBatch.from_pylist(
+        [{"tag": 1, "status": "ok", "output": "x", "jurisdiction": place} for place in ("US", "SE", None)],
+        schema=pa.schema([pa.field(each.name, each.type) for each in RESULT_SCHEMA]),
+    )
+    for labels in ({}, {"jurisdiction": None}, {"jurisdiction": "GLOBAL"}, {"operator": "cloud"}):
+        assert check_regions(told, labels) == (told, None)
+    for labels in ({"jurisdiction": "EU"}, {"data_zone": "EU"}, {"jurisdiction": "GLOBAL", "data_zone": "SE"}):
+        checked, first = check_regions(told, labels)
+        assert checked.column("status").to_pylist() == ["failed", "ok", "ok"]
+        assert checked.column("output").to_pylist() == [None, "x", "x"]
+        assert first == checked.column("error_message")[0].as_py()
+    profile = PROFILES["azure"]
+    body = b'{"choices": [{"message": {"content": "x"}}]}'
+    for header, country in (("East US 2", "US"), ("swedencentral", "SE"), ("Mars North", None), ("", None)):
+        outcome = read_answer(
+            profile, 200, {"x-ms-region": header}, body, chat=True, n=1, prompt_text="", secrets=(),
+            now=lambda: datetime.now(UTC),
+        )  # fmt: skip
+        assert outcome.jurisdiction == country

@@ -68,6 +68,7 @@ def market_parts(context: RunContext) -> list[PartFile]:
         start = start_of(name)
         for table, rows in decision.tables.items():
             part = f"s{start:03d}-k{decision.round:02d}"
-            rows = rows.append_column(START, pa.chunked_array([pa.repeat(pa.scalar(start, START.type), rows.num_rows)]))
-            parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, rows))
+            starts = pa.chunked_array([pa.repeat(pa.scalar(start, START.type), rows.num_rows)])
+            told = rows.append_column(START, starts)
+            parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, told))
     return parts

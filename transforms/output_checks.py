@@ -79,11 +79,15 @@ def _check_of(sampling: str) -> Callable[[str], str | None] | None:
 def _failed(results: pa.RecordBatch, problems: dict[int, str]) -> pa.RecordBatch:
     bad = np.zeros(results.num_rows, bool)
     bad[list(problems)] = True
-    mask = pa.array(bad)
     messages = pa.array([problems.get(row) for row in range(results.num_rows)], pa.string())
+    return turned_down(results, pa.array(bad), "bad_output", messages)
+
+
+def turned_down(results: pa.RecordBatch, mask: pa.Array, error_class: str, messages: pa.Array) -> pa.RecordBatch:
+    """``results`` with the rows of ``mask`` (bool[n]) failed for these reasons (text[n]); their usage stays."""
     replaced = {
         "status": pc.if_else(mask, "failed", results.column("status")),
-        "error_class": pc.if_else(mask, "bad_output", results.column("error_class")),
+        "error_class": pc.if_else(mask, error_class, results.column("error_class")),
         "error_message": pc.if_else(mask, messages, results.column("error_message")),
         **{
             name: pc.if_else(mask, pa.scalar(None, results.schema.field(name).type), results.column(name))

@@ -111,6 +111,7 @@ def settle(
         "output_tokens": pa.array(usage.output, mask=~usage.output_known),
         "recount_input_tokens": pa.array(ours, mask=~exact),
         "recount_output_tokens": pa.nulls(rows) if recount_output_tokens is None else recount_output_tokens,
+        "jurisdiction": _places(results.column("jurisdiction"), terms),
         "usage_source": pa.DictionaryArray.from_arrays(
             pa.array(usage.source.astype(np.int32), mask=usage.source < 0), pa.array(USAGE_SOURCES)
         ),
@@ -297,6 +298,13 @@ def _costs(quantities: Mapping[Meter, pa.Array], terms: Terms) -> list[pa.Array]
     """USD per row and meter, each rounded by itself as its charge will be, so that charges sum to the row's cost."""
     prices = terms.price.unit_prices
     return [to_usd(cost(quantity, prices[meter]), terms.fx_rate) for meter, quantity in quantities.items()]
+
+
+def _places(told: pa.Array, terms: Terms) -> pa.Array | str | None:
+    """Where each row was processed: where its answer says, else where the pool declares."""
+    if told.null_count == len(told) or terms.jurisdiction is None:
+        return told if told.null_count < len(told) else terms.jurisdiction
+    return pc.fill_null(told, terms.jurisdiction)
 
 
 def _identity(requests: pa.RecordBatch) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from bidbeam.transforms.lots import LOT, part_of_lot
 from bidbeam.transforms.order import read_order
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.recount import recount_results
+from bidbeam.transforms.region_check import from_elsewhere, undeclared
 from bidbeam.transforms.retrying import Retries, worst_case_of
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
@@ -157,6 +158,7 @@ class Shift:
         self._retries = Retries()
         self._retrying = Decimal(0)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
+        self._specs |= {pool: undeclared(self._specs[pool]) for pool, each in self._before.items() if each.strayed}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._settled_tags = np.zeros(0, np.int64)
         self._failed_before: pa.Table | None = None
@@ -178,6 +180,8 @@ class Shift:
                     lane.fill()
                 for key, lane in list(self._lanes.items()):
                     lane.poll()
+                    if lane.strayed:
+                        self._specs[lane.pool] = undeclared(self._specs[lane.pool])
                     if lane.restartable:
                         self._restart(key, lane)
                     self._heed(lane)
@@ -287,6 +291,7 @@ class Shift:
                 retire=slot.retire,
                 checks=not self._context.rehearse,
                 recount=self._recount(pool, model),
+                labels=self._specs[pool].placement,
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]
@@ -570,11 +575,12 @@ class Shift:
         numbers = rows.column("attempt_no").to_pylist()
         paid = pc.greater(rows.column("cost"), 0).to_pylist()
         gone = pc.equal(rows.column("status").cast(pa.string()), "lost").to_pylist()
+        astray = from_elsewhere(rows.column("error_message")).to_pylist()
         stopped = {lane.pool: lane.stopped for lane in self._lanes.values() if lane.stopped}
-        for tag, lot_id, number, error, pool, charged, lost in zip(
-            tags, lots, numbers, classes, pools, paid, gone, strict=True
+        for tag, lot_id, number, error, pool, charged, lost, elsewhere in zip(
+            tags, lots, numbers, classes, pools, paid, gone, astray, strict=True
         ):
-            if error in NO_SECOND_TRY:
+            if error in NO_SECOND_TRY and not elsewhere:
                 continue
             # What we cancelled ourselves is no fault of the pool's.
             ours = error is None and pool in stopped

@@ -63,7 +63,7 @@ def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
                 pool, round_, down = pools.setdefault(beat["pool"], SoFar()), int(found[1]), bool(beat["down"])
                 pool.settled += beat["settled"]
                 pool.failed += beat["failed"]
-                pool.strayed |= bool(beat["strayed"])
+                pool.strayed |= bool(beat.get("strayed"))
                 if round_ >= pool.round:
                     # Of several engines of a pool one that is up is enough.
                     pool.down = down and (pool.down or round_ > pool.round)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from small_jobs import check_conserved, make_job, prompts, remote, written
+from tiny_model import tiny_model
+from tokenizers import Tokenizer
 
+from bidbeam.connectors.chaos import ChaosDouble
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.http_wire import read_answer
@@ -69,6 +73,39 @@ def test_counts_go_over_all_starts(tmp_path: Path) -> None:
     assert (second.truncated, second.served, dict(second.other_models)) == (6, 6, {"other-7b": 6})
     assert [pool.other_model for pool in second.pools] == [6]
     assert second.cost > first.cost > Decimal(0)
+
+
+def test_reports_that_cannot_be_true_cost_a_pool_its_next_lots(tmp_path: Path) -> None:
+    """A pool that reports more output than we count, and one that names another model, are flagged in the ledger and
+    bid with doubt in the next run; an honest one does not."""
+    rows = prompts(36)
+    operators = ("cloud", "community", "datacenter")
+    asked = [json.dumps({"operators": [operators[n % 3]]}) for n in range(36)]
+    rows = rows.append_column("placement", pa.array(asked))
+    tokenizer = Tokenizer.from_file(str(Path(tiny_model()) / "tokenizer.json"))
+    counted = {"count_tokens": lambda text: len(tokenizer.encode(text, add_special_tokens=False))}
+    with (
+        ChaosDouble(["tiny"], {"over_report": 1.0}, **counted) as inflated,
+        ChaosDouble(["tiny"], {"other_model": 1.0}, **counted) as swapped,
+        ChaosDouble(["tiny"], **counted) as honest,
+    ):
+        doubles = {"inflated": inflated, "swapped": swapped, "honest": honest}
+        pools = [
+            remote(name, double.base_url, placement={"operator": operator})
+            for (name, double), operator in zip(doubles.items(), operators, strict=True)
+        ]
+        keys: dict[str, Any] = {"models": {"tiny": {"source": tiny_model()}}, "auction": {"rounds": 1}}
+        run(make_job(tmp_path, rows, pools, **keys))
+        with open_ledger(str(tmp_path / "ledger")) as ledger:
+            told = {row["pool"]: row for row in run_query(ledger, "FROM reconciliation").to_pylist()}
+        later = make_job(tmp_path, rows, pools, name="later", **keys)
+        run(later)
+    assert told["inflated"]["output_tokens_off"] >= 12
+    assert told["honest"]["output_tokens_off"] == told["swapped"]["output_tokens_off"] == 0
+    assert {name: row["other_model"] for name, row in told.items()} == {"inflated": 0, "swapped": 12, "honest": 0}
+    bids = [row for row in written(later).rows("bids") if row["eligible"]]
+    doubt = {row["pool"]: row["audit_cost"] / row["expected_cost"] for row in bids}
+    assert doubt == {"inflated": 1, "swapped": 1, "honest": 0}
 
 
 def azure(name: str, base_url: str, **keys: Any) -> dict[str, Any]:

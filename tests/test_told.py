@@ -20,6 +20,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.http_wire import read_answer
 from bidbeam.connectors.ledger_reader import open_ledger, run_query
 from bidbeam.connectors.profiles import PROFILES
+from bidbeam.pipelines.explain import explain_request, render_text
 from bidbeam.pipelines.jsonable import jsonable
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.show import summary_text
@@ -51,6 +52,9 @@ def test_cut_off_answers_and_other_models_are_counted(tmp_path: Path) -> None:
     told: Any = jsonable(summary)
     assert (told["truncated"], told["other_models"]) == (cut, {"other-7b": 8})
     assert {row["model_returned"] for row in found.attempts} == {"other-7b", "vendor/Tiny-2026-01-31"}
+    odd = next(row["request_id"] for row in found.attempts if row["other_model"] and row["finish_reason"] == "length")
+    story = render_text(explain_request(job.ledger, odd))
+    assert "4 output (reported), cut off at max_tokens\n  the answer names another model: other-7b\n" in story
     with open_ledger(job.ledger) as ledger:
         [row] = run_query(ledger, "FROM reconciliation").to_pylist()
     assert (row["compared_model"], row["other_model"], row["other_models"]) == (24, 8, "other-7b")
@@ -70,6 +74,7 @@ def test_counts_go_over_all_starts(tmp_path: Path) -> None:
         assert (first.truncated, first.served, dict(first.other_models)) == (4, 4, {"other-7b": 4})
         full = False
         second = run(job)
+    assert "\nStart 2, round 1, lot s2-" in render_text(explain_request(job.ledger, "q4"))
     assert (second.truncated, second.served, dict(second.other_models)) == (6, 6, {"other-7b": 6})
     assert [pool.other_model for pool in second.pools] == [6]
     assert second.cost > first.cost > Decimal(0)

@@ -209,8 +209,10 @@ _BUILT_IN: tuple[Profile, ...] = (
         needs=("region",),
     ),
     Profile(
-        # The container behind the endpoint is asked through InvokeEndpoint, which boto3 signs.
+        # The container behind the endpoint is asked through InvokeEndpoint, which boto3 signs. What it calls its model
+        # is its own business: not every container is told a name.
         "sagemaker-invoke",
+        echoes_model=False,
         base_url="https://runtime.sagemaker.{region}.amazonaws.com",
         usage=UsagePointers(cost=None),
         error_map=profile_errors.SAGEMAKER,

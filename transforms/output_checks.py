@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.json_schemas import Checker, schema_of
 
 EMPTY = "the answer is empty"
+NOTHING_YET = "the answer is empty: it was cut off at max_tokens before its first word"
 CUT_OFF = "the answer was cut off at max_tokens before its JSON was complete"
 NO_JSON = "the answer is not JSON"
 NO_OBJECT = "the answer is not a JSON object"
@@ -29,10 +30,15 @@ def check_answers(sampling: pa.Array, results: pa.RecordBatch) -> pa.RecordBatch
     ``sampling`` stands row by row beside them: the canonical JSON text of each request.
     """
     ok = pc.equal(results.column("status"), "ok")
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(results.column("output"), ""))), 0)
-    problems: dict[int, str] = dict.fromkeys(
-        np.flatnonzero(pc.and_(ok, blank).to_numpy(zero_copy_only=False)).tolist(), EMPTY
-    )
+    blank = _blank(pc.fill_null(results.column("output"), ""))
+    samples = results.column("samples")
+    if samples.null_count < len(samples):
+        bare = pc.list_parent_indices(samples).filter(_blank(pc.fill_null(samples.flatten(), "")))
+        blank = pc.or_(blank, pa.array(np.isin(np.arange(len(samples)), bare.to_numpy())))
+    problems: dict[int, str] = {
+        row: NOTHING_YET if results.column("finish_reason")[row].as_py() == "length" else EMPTY
+        for row in np.flatnonzero(pc.and_(ok, blank).to_numpy(zero_copy_only=False)).tolist()
+    }
     coded = sampling if isinstance(sampling, pa.DictionaryArray) else sampling.dictionary_encode()
     checks = [None if text is None else _check_of(text) for text in coded.dictionary.to_pylist()]
     if any(checks):
@@ -43,6 +49,10 @@ def check_answers(sampling: pa.Array, results: pa.RecordBatch) -> pa.RecordBatch
             if row not in problems and check is not None and (found := _first(check, results, row)) is not None:
                 problems[row] = found
     return _failed(results, problems) if problems else results
+
+
+def _blank(texts: pa.Array) -> pa.Array:
+    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
 
 
 def _first(check: Callable[[str], str | None], results: pa.RecordBatch, row: int) -> str | None:

@@ -62,17 +62,12 @@ def test_cut_off_answers_and_other_models_are_counted(tmp_path: Path) -> None:
 
 def test_counts_go_over_all_starts(tmp_path: Path) -> None:
     """A second start counts the answers of the first again, and its own once; what was paid for is said in full."""
-    full = True
-
-    def answers(seen: Seen) -> Reply:
-        turned_away = full and any(f"item {n} " in seen.prompt for n in (4, 5))
-        return Reply.error(503, "full") if turned_away else Reply(merge={"model": "other-7b"})
-
-    with EndpointDouble(["tiny"], answers) as double:
-        job = make_job(tmp_path, prompts(6), [remote("far", double.base_url)], sampling={"max_tokens": 1})
-        first = run(job)
+    rows = prompts(6).append_column("placement", pa.array([None] * 4 + ['{"zdr":true}'] * 2))
+    with EndpointDouble(["tiny"], Reply(merge={"model": "other-7b"})) as double:
+        keys: dict[str, Any] = {"sampling": {"max_tokens": 1}}
+        first = run(make_job(tmp_path, rows, [remote("far", double.base_url)], **keys))
         assert (first.truncated, first.served, dict(first.other_models)) == (4, 4, {"other-7b": 4})
-        full = False
+        job = make_job(tmp_path, rows, [remote("far", double.base_url, placement={"zdr": True})], **keys)
         second = run(job)
     assert "\nStart 2, round 1, lot s2-" in render_text(explain_request(job.ledger, "q4"))
     assert (second.truncated, second.served, dict(second.other_models)) == (6, 6, {"other-7b": 6})

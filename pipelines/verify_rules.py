@@ -95,7 +95,7 @@ RULES = (
             SELECT
                 counted.run_id, counted.attempt_id, counted.baseline, counted.baseline_cost, counted.times,
                 counted.baselines,
-                CASE WHEN attempt.status = 'ok' AND attempt.kind NOT IN ('audit', 'probe', 'overhead')
+                CASE WHEN attempt.status = 'ok' AND attempt.kind NOT IN ('audit', 'hedge', 'overhead', 'probe')
                     AND attempt.usage_source <> 'estimate' THEN CAST(
                         (attempt.input_tokens - coalesce(attempt.cached_tokens, 0)) * listed.input_price
                         + coalesce(attempt.cached_tokens, 0) * coalesce(listed.cached_price, listed.input_price)

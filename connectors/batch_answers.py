@@ -13,6 +13,7 @@ from bidbeam.connectors.batch_lines import Asked, overall_class, overall_message
 from bidbeam.connectors.batch_rows import Batch, lines_of
 from bidbeam.connectors.http_transport import failure
 from bidbeam.connectors.http_wire import Outcome
+from bidbeam.connectors.model_echo import Echo
 from bidbeam.connectors.profiles import Profile
 
 UNSENT = Outcome("cancelled", error_message="not sent")
@@ -26,6 +27,7 @@ def read_answers(
     look: Look,
     files: Sequence[Path],
     profile: Profile,
+    echo: Echo,
     secrets: Sequence[str],
     now: Callable[[], datetime],
 ) -> Iterator[tuple[int, Outcome]]:
@@ -43,7 +45,7 @@ def read_answers(
         for raw in lines_of(path):
             line = None
             if raw is not None:
-                line = read_line(raw, profile, chat=batch.intent.chat, find=find, secrets=secrets, now=now)
+                line = read_line(raw, profile, chat=batch.intent.chat, find=find, secrets=secrets, now=now, echo=echo)
             if line is None or seen[row_of[line.custom_id]]:
                 strange += 1
                 continue

@@ -38,6 +38,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.http_transport import CONNECT_S, LOOP, endpoint, failure, open_session
 from bidbeam.connectors.http_wire import Outcome
+from bidbeam.connectors.model_echo import echo_of
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
 
@@ -103,6 +104,7 @@ class BatchEngine:
     ) -> None:
         self._name, self._model, self._their_model = spec.name, model, spec.models[model]
         self._endpoint = endpoint(spec)
+        self._echo = echo_of(spec, model, self._endpoint.profile)
         self._options: BatchOptions = read_options(spec.options, spec.name, self._endpoint.profile.name)
         self._journal, self._now, self._storage = journal, now, storage
         self._credentials = credentials or credentials_for(spec, self._endpoint.profile.auth, now=now)
@@ -322,7 +324,7 @@ class BatchEngine:
             await self._collect(batch, ((row, UNKNOWN) for row in range(len(batch))))
         else:
             profile = self._endpoint.profile
-            outcomes = read_answers(batch, look, files, profile, self._credentials.secrets, self._now)
+            outcomes = read_answers(batch, look, files, profile, self._echo, self._credentials.secrets, self._now)
             await self._collect(batch, outcomes, (*look.files, *((look.rows,) if look.rows else ())))
             for file in files:
                 file.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from bidbeam.connectors.http_errors import classify
 from bidbeam.connectors.http_wire import Outcome, read_answer
+from bidbeam.connectors.model_echo import NO_ECHO, Echo
 from bidbeam.connectors.profiles import ErrorClass, Profile
 
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -77,10 +78,12 @@ def read_line(
     find: Callable[[str], Asked | None],
     secrets: Sequence[str],
     now: Callable[[], datetime],
+    echo: Echo = NO_ECHO,
 ) -> Line | None:
     """What a line of an output or error file says of which row; None where it says nothing of any.
 
-    ``find`` gives what a row of that name asked, None where there is no such row.
+    ``find`` gives what a row of that name asked, None where there is no such row; ``echo`` says what an answer may
+    call its model.
     """
     try:
         document = json.loads(raw, parse_constant=lambda _: None)
@@ -105,6 +108,7 @@ def read_line(
             prompt_text=prompt or "",
             secrets=secrets,
             now=now,
+            echo=echo,
         )
         if outcome.status == "failed" and prompt is None:
             # What was said may repeat a prompt that is not here to compare with.

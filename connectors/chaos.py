@@ -115,6 +115,7 @@ class Entry:
     counted: int | None = None
     reported: bool = True
     cost: Decimal = Decimal(0)
+    cache_write_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class Books:
         """What ``/books`` tells."""
         totals = {
             name: sum(getattr(entry, name) or 0 for entry in self.entries)
-            for name in ("prompt_tokens", "cached_tokens", "completion_tokens")
+            for name in ("prompt_tokens", "cached_tokens", "cache_write_tokens", "completion_tokens")
         }
         entries = [{**asdict(entry), "cost": f"{entry.cost:f}"} for entry in self.entries]
         return {**self.by_outcome(), **totals, "cost": f"{self.cost:f}", "entries": entries}
@@ -165,8 +166,9 @@ class ChaosDouble(EndpointDouble):
     ``rates``: share of requests by kind (``KINDS``); what they leave answers truly. ``script``: the kind of each of the
     first requests (None: the true answer), before anything is drawn. ``spells``: see ``Spell``. ``poison``: a text and
     the kind that every request with it gets. ``prices``: US dollars for a million tokens: ``input``, ``output`` and,
-    where cached ones cost otherwise, ``cached_input``. ``dies_after`` so many requests it takes no more connections,
-    and drops those it has, until ``revives_after_s`` or ``revive()``.
+    where cached ones and those written to its cache cost otherwise, ``cached_input`` and ``cache_write`` (with
+    ``report_written``, for what it does not report it does not bill). ``dies_after`` so many requests it takes no more
+    connections, and drops those it has, until ``revives_after_s`` or ``revive()``.
 
     It bills what it reports, an answer without a report as counted, and nothing that it did not deliver whole. Raises
     ValueError for a kind that there is not, and for rates that exceed 1.
@@ -317,6 +319,7 @@ class ChaosDouble(EndpointDouble):
                 entry,
                 prompt_tokens=tokens.prompt_tokens,
                 cached_tokens=tokens.cached_tokens if drawn.cached_told else None,
+                cache_write_tokens=tokens.cache_write_tokens if drawn.cached_told and self._report_written else None,
                 completion_tokens=tokens.completion_tokens,
                 counted=drawn.counted,
                 reported=drawn.kind != "no_usage",
@@ -339,8 +342,9 @@ class ChaosDouble(EndpointDouble):
     def _bill(self, entry: Entry) -> Decimal:
         zero = Decimal(0)
         input_, output = self._prices.get("input", zero), self._prices.get("output", zero)
-        cached = entry.cached_tokens or 0
-        bill = ((entry.prompt_tokens or 0) - cached) * input_ + (entry.completion_tokens or 0) * output
+        cached, written = entry.cached_tokens or 0, entry.cache_write_tokens or 0
+        bill = ((entry.prompt_tokens or 0) - cached - written) * input_ + (entry.completion_tokens or 0) * output
+        bill += written * self._prices.get("cache_write", input_)
         return bill + cached * self._prices.get("cached_input", input_)
 
 

@@ -109,6 +109,7 @@ class Served:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    cache_write_tokens: int = 0
 
 
 Behaviour = Reply | Sequence[Reply] | Callable[[Seen], Reply]
@@ -151,7 +152,8 @@ class EndpointDouble(Loopback):
     """A context manager that serves ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models`` on a free port.
 
     The answer is drawn from a digest of the prompt, within ``max_tokens``. ``api_key``: the bearer that must come, else
-    401. ``count_tokens``: text to token count instead of words. ``report_cached``: whether usage tells cached tokens.
+    401. ``count_tokens``: text to token count instead of words. ``report_cached``: whether usage tells cached tokens;
+    ``report_written``: whether also those that it wrote to its cache.
     """
 
     handler = _Handler
@@ -164,6 +166,7 @@ class EndpointDouble(Loopback):
         api_key: str | None = None,
         count_tokens: Callable[[str], int] | None = None,
         report_cached: bool = True,
+        report_written: bool = False,
         port: int = 0,
     ) -> None:
         self.models = tuple(models)
@@ -174,7 +177,7 @@ class EndpointDouble(Loopback):
         self._behaviour = behaviour
         self._api_key = api_key
         self._count = count_tokens or (lambda text: len(text.split()))
-        self._report_cached = report_cached
+        self._report_cached, self._report_written = report_cached, report_written
         self._cache: set[bytes] = set()
         self._concurrent = 0
         self._sockets: set[socket.socket] = set()
@@ -298,7 +301,7 @@ class EndpointDouble(Loopback):
         if not text or not _positive(n) or not _positive(limit):
             return {"code": 400, "message": "The request is not valid."}, None
         prompt_tokens = self._count(text)
-        cached = self._hit(str(body.get("cache_salt", "")), text, prompt_tokens)
+        cached, written = self._hit(str(body.get("cache_salt", "")), text, prompt_tokens)
         answers = [_words(text, sample, limit) for sample in range(n)]
         output_tokens = sum(self._count(answer) for answer in answers)
         usage: dict[str, Any] = {
@@ -308,6 +311,8 @@ class EndpointDouble(Loopback):
         }
         if self._report_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        if self._report_written:
+            usage.setdefault("prompt_tokens_details", {})["cache_write_tokens"] = written
         document = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{hashlib.sha256(seen.raw).hexdigest()[:16]}",
             "object": "chat.completion" if chat else "text_completion",
@@ -324,14 +329,16 @@ class EndpointDouble(Loopback):
             ],
             "usage": usage,
         }
-        served = Served(seen.headers.get("x-request-id", ""), str(model), prompt_tokens, cached, output_tokens)
+        name = seen.headers.get("x-request-id", "")
+        served = Served(name, str(model), prompt_tokens, cached, output_tokens, written)
         return document, served
 
-    def _hit(self, salt: str, text: str, prompt_tokens: int) -> int:
-        """Tokens of the prompt's beginning that earlier prompts of the same salt brought in, by words."""
+    def _hit(self, salt: str, text: str, prompt_tokens: int) -> tuple[int, int]:
+        """Tokens of the prompt's beginning that earlier prompts of the same salt brought in, by words; and those that
+        this one brings in."""
         words = text.split()
         digest = hashlib.sha256(salt.encode())
-        hit, unbroken = 0, True
+        hit, written, unbroken = 0, 0, True
         with self._lock:
             for end in range(CACHE_BLOCK, len(words) + 1, CACHE_BLOCK):
                 digest.update("\0".join(words[end - CACHE_BLOCK : end]).encode("utf-8", "replace"))
@@ -339,8 +346,10 @@ class EndpointDouble(Loopback):
                 unbroken = unbroken and block in self._cache
                 if unbroken and end < len(words):
                     hit = end
+                written += 0 if block in self._cache else CACHE_BLOCK
                 self._cache.add(block)
-        return min(hit, max(0, prompt_tokens - 1))
+        hit = min(hit, max(0, prompt_tokens - 1))
+        return hit, min(written, prompt_tokens - hit)
 
 
 def _peek(connection: socket.socket) -> bytes:

@@ -38,14 +38,18 @@ RESULT_SCHEMA = pa.schema(
         pa.field("http_status", pa.int16()),
         pa.field("output", pa.large_string()),  # the first sample
         pa.field("samples", pa.list_(pa.large_string())),  # all samples, where n > 1; else null
-        pa.field("finish_reason", pa.string()),
+        pa.field("finish_reason", pa.string()),  # "length": some sample was cut off at max_tokens
+        pa.field("model_returned", pa.string()),  # the model that the answer names
+        pa.field("other_model", pa.bool_()),  # whether that is plainly another one than was asked; null: not compared
         pa.field("input_tokens", pa.int64()),  # includes cached ones; null: not reported
         pa.field("cached_tokens", pa.int64()),  # null: not reported
+        pa.field("cache_write_tokens", pa.int64()),  # input tokens written to a cache, none of the cached ones
         pa.field("output_tokens", pa.int64()),  # of all samples; null: not reported
         pa.field("usage_source", pa.string()),  # reported (the provider says so) | recount | estimate
         pa.field("provider_request_id", pa.string()),
         pa.field("provider_cost", pa.decimal128(38, 18)),
         pa.field("endpoint_host", pa.string()),
+        pa.field("jurisdiction", pa.string()),  # the country where the answer says that it was processed
         pa.field("started_at", pa.timestamp("us", "UTC"), nullable=False),  # handed to the engine
         pa.field("finished_at", pa.timestamp("us", "UTC"), nullable=False),  # its last token or its error came back
         pa.field("retry_after_s", pa.float64()),

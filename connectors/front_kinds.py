@@ -32,6 +32,8 @@ class FrontKind:
     names_model: bool = True
     tells_cost: bool = False
     id_header: str | None = None
+    region_header: str | None = None
+    """Where its answers name the ``region`` of the pool's options."""
 
 
 def _plain(models: Mapping[str, Prices | None]) -> dict[str, Any]:
@@ -90,7 +92,14 @@ KINDS: Mapping[str, FrontKind] = MappingProxyType(
         "chutes": FrontKind("/v1", _chutes, public_feed=True, id_header="X-Chutes-InvocationID"),
         "prime": FrontKind("/api/v1", _prime, public_feed=True),
         "pai3": FrontKind("/v1", _plain),
-        "azure": FrontKind("/openai/v1", _plain, key_header="api-key", key_prefix="", id_header="apim-request-id"),
+        "azure": FrontKind(
+            "/openai/v1",
+            _plain,
+            key_header="api-key",
+            key_prefix="",
+            id_header="apim-request-id",
+            region_header="x-ms-region",
+        ),
         "vertex": FrontKind("/v1/projects/{project}/locations/{location}/endpoints/openapi", _none, takes_raw=False),
         "sagemaker": FrontKind(
             "/endpoints/{endpoint}/openai/v1", _none, takes_raw=False, names_model=False, id_header="x-amzn-RequestId"

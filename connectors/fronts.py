@@ -84,6 +84,7 @@ class ProviderFront(Loopback):
         self._upstream = urlsplit(upstream)
         self._key, self._google, self._sagemaker = key, google, sagemaker
         self._path = self.kind.path.format(**(options or {}))
+        self._region = (options or {}).get("region")
         self._prices = prices or {}
         self._report_cached = report_cached
         self._behaviour = behaviour
@@ -170,6 +171,8 @@ class ProviderFront(Loopback):
         headers = dict(scripted.headers)
         if self.kind.id_header is not None:
             headers[self.kind.id_header] = booked.answer_id
+        if self.kind.region_header is not None and self._region is not None:
+            headers.setdefault(self.kind.region_header, self._region)
         return Reply(scripted.status, json.dumps({**document, **scripted.merge}).encode(), headers)
 
     def _cost(self, model: str, prompt: int, cached: int, output: int) -> Decimal | None:

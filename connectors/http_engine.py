@@ -41,6 +41,7 @@ from bidbeam.connectors.http_wire import (
     read_sampling,
     request_body,
 )
+from bidbeam.connectors.model_echo import echo_of
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.provider_text import provider_message
 from bidbeam.connectors.wire_json import pointer, read_json
@@ -121,6 +122,7 @@ class HttpEngine:
         self._name = spec.name
         self._model = spec.models[model]
         self._endpoint = endpoint(spec)
+        self._echo = echo_of(spec, model, self._endpoint.profile)
         self._timeout_s = spec.timeout_s
         self._now = now
         self._max_answer_bytes = max_answer_bytes
@@ -359,6 +361,7 @@ class HttpEngine:
                     prompt_text=job.prompt_text,
                     secrets=self._credentials.secrets,
                     now=self._now,
+                    echo=self._echo,
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return self._no_answer(error)

@@ -23,6 +23,7 @@ from bidbeam.connectors.http_errors import (
     status_of,
     told_wait_s,
 )
+from bidbeam.connectors.model_echo import NO_ECHO, Echo
 from bidbeam.connectors.profile_record import ErrorClass, Profile
 from bidbeam.connectors.provider_text import MESSAGE_CHARS, provider_message
 from bidbeam.connectors.secrets import mask
@@ -47,12 +48,16 @@ class Outcome:
     output: str | None = None
     samples: list[str] | None = None
     finish_reason: str | None = None
+    model_returned: str | None = None
+    other_model: bool | None = None
     input_tokens: int | None = None
     cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
     output_tokens: int | None = None
     usage_source: str | None = None
     provider_request_id: str | None = None
     provider_cost: Decimal | None = None
+    jurisdiction: str | None = None
     retry_after_s: float | None = None
 
 
@@ -155,16 +160,22 @@ def read_answer(
     prompt_text: str,
     secrets: Sequence[str],
     now: Callable[[], datetime],
+    echo: Echo = NO_ECHO,
 ) -> Outcome:
     """What an answer amounts to: ``ok`` only with ``n`` well-formed samples; usage is kept whenever it is reported,
-    for a bad answer is charged too. ``headers`` has lower-case names. Never raises.
+    for a bad answer is charged too. ``headers`` has lower-case names. ``echo``: what the answer may call its model.
+    Never raises.
     """
     document = read_json(body)
     if isinstance(document, list) and len(document) == 1 and isinstance(document[0], dict):
         document = document[0]  # as Google sends errors
+    returned = _name(pointer(document, profile.model_pointer), secrets)
     base = Outcome(
         "failed",
         http_status=http_status,
+        model_returned=returned,
+        other_model=echo.other(returned),
+        jurisdiction=_country(profile, headers, document),
         provider_request_id=_request_id(profile, headers, document, secrets),
         provider_cost=None if profile.usage.cost is None else _cost(pointer(document, profile.usage.cost)),
         **_usage(profile, document),
@@ -198,11 +209,20 @@ def read_answer(
         if inner is None:
             return failed(by_rules(profile, None, document, headers, False) or "bad_output", theirs(http_status, error))
         return failed(classed(inner), theirs(inner, error))
-    return _read_choices(document, base, failed, chat=chat, n=n)
+    if echo.expected is not None and base.other_model is not False:
+        said = "names no model" if returned is None else f"names the model {returned}"
+        return failed("bad_output", f"the answer {said}, and the pools file says {echo.expected}")
+    return _read_choices(document, base, failed, chat=chat, n=n, secrets=secrets)
 
 
 def _read_choices(
-    document: object, base: Outcome, failed: Callable[[ErrorClass, str], Outcome], *, chat: bool, n: int
+    document: object,
+    base: Outcome,
+    failed: Callable[[ErrorClass, str], Outcome],
+    *,
+    chat: bool,
+    n: int,
+    secrets: Sequence[str],
 ) -> Outcome:
     choices = pointer(document, "/choices")
     if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
@@ -219,13 +239,14 @@ def _read_choices(
                 return failed("policy", "the endpoint refused to answer this content")
             return failed("bad_output", "a choice of the answer holds no text")
         texts.append(whole_text(text))
-    reason = ordered[0].get("finish_reason")
+    reasons = [choice.get("finish_reason") for choice in ordered]
+    reason = "length" if "length" in reasons else reasons[0]
     return replace(
         base,
         status="ok",
         output=texts[0],
         samples=texts if n > 1 else None,
-        finish_reason=reason if isinstance(reason, str) and _WORD.fullmatch(reason) else None,
+        finish_reason=mask(reason, secrets) if isinstance(reason, str) and _WORD.fullmatch(reason) else None,
     )
 
 
@@ -246,17 +267,21 @@ _EXPLAINED = {
 
 def _usage(profile: Profile, document: object) -> dict[str, Any]:
     """The reported counts. What is missing, negative or not whole counts as not reported, as do cached tokens that
-    exceed the input they are a part of.
+    exceed the input they are a part of, and tokens written to a cache that exceed the rest of it.
     """
     counted = whole(pointer(document, profile.usage.input))
     cached = whole(pointer(document, profile.usage.cached))
     output = whole(pointer(document, profile.usage.output))
     if cached is not None and (counted is None or cached > counted):
         cached = None
+    written = whole(pointer(document, profile.usage.cache_write))
+    if written is not None and (counted is None or (cached or 0) + written > counted):
+        written = None
     reported = counted is not None or output is not None
     return {
         "input_tokens": counted,
         "cached_tokens": cached,
+        "cache_write_tokens": written,
         "output_tokens": output,
         "usage_source": "reported" if reported else None,
     }
@@ -277,8 +302,23 @@ def _cost(value: object) -> Decimal | None:
 
 def _request_id(profile: Profile, headers: Mapping[str, str], document: object, secrets: Sequence[str]) -> str | None:
     told = (pointer(document, "/id"), *(headers.get(name) for name in profile.request_id_headers))
-    found = next((each for each in told if isinstance(each, str) and _ID.fullmatch(each)), None)
-    return mask(found, secrets) if found else None
+    return next((name for each in told if (name := _name(each, secrets)) is not None), None)
+
+
+def _country(profile: Profile, headers: Mapping[str, str], document: object) -> str | None:
+    """The country in which the answer says that it was processed; None where it says none that is known."""
+    if profile.told_region is None:
+        return None
+    at = profile.told_region.at
+    told = pointer(document, at) if at.startswith("/") else headers.get(at)
+    if not isinstance(told, str):
+        return None
+    return profile.told_region.places.get("".join(filter(str.isalnum, told.casefold())))
+
+
+def _name(value: object, secrets: Sequence[str]) -> str | None:
+    """A provider's name for something, printable and short, nothing of a secret in it; None where it is none."""
+    return mask(value, secrets) if isinstance(value, str) and _ID.fullmatch(value) else None
 
 
 def whole_text(text: str) -> str:

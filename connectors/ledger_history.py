@@ -78,6 +78,9 @@ class Deeds:
     provider_cost: Decimal = Decimal(0)
     compared_cost: Decimal = Decimal(0)
     """What the provider says it billed, and what we booked for the same attempts."""
+    named: int = 0
+    misnamed: int = 0
+    """Answers whose model could be held against the one that was asked for, and those that named plainly another."""
     ok_cost: Decimal = Decimal(0)
     failed_cost: Decimal = Decimal(0)
     accelerator_ms: int = 0

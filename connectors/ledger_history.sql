@@ -13,7 +13,7 @@ SELECT
     status = 'ok' AND kind <> 'probe' AND lot_id IS NOT NULL AND input_tokens IS NOT NULL
         AND output_tokens IS NOT NULL AND coalesce(usage_source, 'estimate') <> 'estimate' AS answered,
     input_tokens, coalesce(cached_tokens, 0) AS cached_tokens, output_tokens,
-    recount_input_tokens, recount_output_tokens, provider_cost
+    recount_input_tokens, recount_output_tokens, provider_cost, other_model
 FROM attempts
 WHERE kind IN ('primary', 'retry', 'hedge', 'probe') AND model IN (SELECT unnest(getvariable('history_models')))
     AND started_at IS NOT NULL AND finished_at IS NOT NULL;
@@ -26,7 +26,8 @@ SELECT
     CAST(sum(recount_input_tokens) FILTER (ok AND input_tokens IS NOT NULL) AS BIGINT) AS recount_input,
     CAST(sum(output_tokens) FILTER (ok AND recount_output_tokens IS NOT NULL) AS BIGINT) AS compared_output,
     CAST(sum(recount_output_tokens) FILTER (ok AND output_tokens IS NOT NULL) AS BIGINT) AS recount_output,
-    CAST(sum(provider_cost) FILTER (ok) AS DECIMAL(38, 18)) AS provider_cost
+    CAST(sum(provider_cost) FILTER (ok) AS DECIMAL(38, 18)) AS provider_cost,
+    count(other_model) AS named, count(*) FILTER (other_model) AS misnamed
 FROM tried
 GROUP BY run_id, pool, model;
 

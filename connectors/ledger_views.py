@@ -22,8 +22,8 @@ from bidbeam.connectors.store import Store
 VERSION_LINE = "-- bidbeam ledger version "
 
 DERIVED_VIEWS = (
-    "cost_per_request", "cost_by_pool", "cost_by_kind", "cost_by_day", "cost_by_tag", "savings", "cache_savings", "regret",
-    "reconciliation", "focus",
+    "cost_per_request", "cost_by_pool", "cost_by_kind", "cost_by_day", "cost_by_tag", "savings", "cache_savings",
+    "regret", "reconciliation", "focus",
 )  # fmt: skip
 VIEWS = (*TABLES, *DERIVED_VIEWS)
 """Every view that users may name."""

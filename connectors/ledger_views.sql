@@ -130,7 +130,10 @@ WITH listed AS (
         max(unit_price) FILTER (WHERE meter = 'cached_input') AS cached_price,
         max(unit_price) FILTER (WHERE meter = 'output') AS output_price,
         max(unit_price) FILTER (WHERE meter = 'request') AS request_price
-    FROM baselines
+    FROM (
+        FROM baselines
+        -- A list may have changed between two starts of a run: the latest one counts.
+        QUALIFY "start" IS NOT DISTINCT FROM max("start") OVER (PARTITION BY run_id))
     GROUP BY run_id, baseline, model
 ), named AS (
     SELECT DISTINCT run_id, baseline FROM listed
@@ -209,12 +212,13 @@ LEFT JOIN summed ON summed.run_id = counted.run_id AND summed.pool = counted.poo
 -- was started again has a clearing for each round of each start.
 CREATE OR REPLACE VIEW regret AS
 SELECT
-    run_id, round, cleared_at, lots, awarded, pools, objective, lp_bound,
+    run_id, "start", round, cleared_at, lots, awarded, pools, objective, lp_bound,
     CAST(objective - lp_bound AS DECIMAL(38, 18)) AS gap, regret
 FROM auctions;
 
 -- What pools reported against what we counted ourselves, and what they say they billed against what we computed.
 -- Differences (…_off: theirs minus ours) are over the attempts where both are known; compared_… says how many.
+-- other_model counts the answers that plainly name another model than was asked for; other_models names them.
 CREATE OR REPLACE VIEW reconciliation AS
 WITH computed AS (
     SELECT attempt_id, bidbeam_whole(cost) AS cost
@@ -235,7 +239,11 @@ SELECT
     CAST(sum(computed.cost) AS DECIMAL(38, 18)) AS cost,
     CAST(sum(attempt.provider_cost) AS DECIMAL(38, 18)) AS provider_cost,
     count(attempt.provider_cost - computed.cost) AS compared_cost,
-    CAST(sum(attempt.provider_cost - computed.cost) AS DECIMAL(38, 18)) AS cost_off
+    CAST(sum(attempt.provider_cost - computed.cost) AS DECIMAL(38, 18)) AS cost_off,
+    count(attempt.other_model) AS compared_model,
+    count(*) FILTER (attempt.other_model) AS other_model,
+    string_agg(DISTINCT attempt.model_returned, ', ' ORDER BY attempt.model_returned)
+        FILTER (attempt.other_model) AS other_models
 FROM attempts AS attempt
 LEFT JOIN computed ON computed.attempt_id = attempt.attempt_id
 WHERE attempt.kind <> 'overhead'

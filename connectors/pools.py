@@ -103,6 +103,8 @@ class PoolSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the profile asks for beside an address and a key: region, project, endpoint name, image, ..."""
     settlement: Settlement = "external"
+    answers_as: Mapping[str, str] = field(default_factory=dict)
+    """Model name in the job -> what an answer must call it, else it is no answer; absent: see ``model_echo``."""
 
 
 @dataclass(frozen=True, slots=True)

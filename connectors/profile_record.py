@@ -58,12 +58,13 @@ class ErrorRule:
 
 @dataclass(frozen=True, slots=True)
 class UsagePointers:
-    """RFC 6901 pointers into an answer. ``input`` includes cached tokens; ``output`` is that of all samples; ``cost``
-    is the provider's own figure in US dollars.
+    """RFC 6901 pointers into an answer. ``input`` includes cached tokens and those written to a cache; ``output`` is
+    that of all samples; ``cost`` is the provider's own figure in US dollars.
     """
 
     input: str = "/usage/prompt_tokens"
     cached: str = "/usage/prompt_tokens_details/cached_tokens"
+    cache_write: str = "/usage/prompt_tokens_details/cache_write_tokens"
     output: str = "/usage/completion_tokens"
     cost: str | None = "/usage/cost"
 
@@ -78,6 +79,18 @@ class Residency:
     option: str
     places: Mapping[str, str]
     when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ToldRegion:
+    """Where an answer says in which of its regions the provider processed it, and the country that each is in.
+
+    ``at`` is a pointer, or the lower-case name of a header if it does not begin with ``/``. A region is looked up by
+    its letters and digits alone: ``East US`` is ``eastus``.
+    """
+
+    at: str
+    places: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,10 @@ class Profile:
     max_tokens_field: str = "max_tokens"
     sends_model: bool = True
     """Whether the body names the model; else it is empty, because the address says which."""
+    model_pointer: str = "/model"
+    """Where an answer names its model."""
+    echoes_model: bool = True
+    """Whether what is asked for is a model's name, so that the one in the answer can be held against it."""
     takes_raw: bool = True
     """Whether there is a ``/completions`` beside ``/chat/completions``."""
     takes_cache_salt: bool = False
@@ -127,6 +144,8 @@ class Profile:
     labels: Mapping[str, Any] = field(default_factory=dict)
     """Placement labels that the provider declares for all it serves at its own address."""
     residency: tuple[Residency, ...] = ()
+    told_region: ToldRegion | None = None
+    """Set where answers name the region they were processed in, which the pool's labels are then held to."""
     variants: tuple[Variant, ...] = ()
     transport: Literal["http", "sagemaker"] = "http"
     """Who carries requests there: our own client, or AWS's."""

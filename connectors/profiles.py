@@ -22,6 +22,7 @@ from bidbeam.connectors.profile_record import (
     PriceUnit,
     Profile,
     Residency,
+    ToldRegion,
     UsagePointers,
     Variant,
 )
@@ -48,7 +49,13 @@ _BUILT_IN: tuple[Profile, ...] = (
         choices={"max_tokens_field": _LIMITS},
         variants=_OTHER_LIMIT,
     ),
-    Profile("vllm", error_map=profile_errors.OPENAI, takes_cache_salt=True),
+    Profile(
+        "vllm",
+        # What it writes to its cache costs nothing by itself: a meter only where the pool's price has one.
+        usage=UsagePointers(cache_write="/usage/prompt_tokens_details/created_cache_tokens"),
+        error_map=profile_errors.OPENAI,
+        takes_cache_salt=True,
+    ),
     Profile(
         "openai",
         base_url="https://api.openai.com/v1",
@@ -140,11 +147,14 @@ _BUILT_IN: tuple[Profile, ...] = (
         retry_after_phrases=_SEND_AGAIN,
         request_id_headers=("apim-request-id", "x-ms-request-id", "x-request-id"),
         sends_request_id="x-ms-client-request-id",
+        # A deployment is asked for, under whatever name it has; the answer names the model in it.
+        echoes_model=False,
         labels=_CLOUD,
         residency=(
             Residency("region", cloud_regions.AZURE_ZONES, {"deployment": _AZURE_ZONE}),
             Residency("region", cloud_regions.AZURE, {"deployment": _AZURE_REGION}),
         ),
+        told_region=ToldRegion("x-ms-region", cloud_regions.AZURE),
         options={
             "resource": "the name of the Foundry or Azure OpenAI resource",
             "deployment": "the deployment's type, which decides where prompts are processed",
@@ -187,6 +197,7 @@ _BUILT_IN: tuple[Profile, ...] = (
         sends_request_id=None,
         # The container behind the endpoint is asked, and vLLM there refuses the endpoint's name as a model's.
         sends_model=False,
+        echoes_model=False,
         takes_raw=False,
         labels=_CLOUD,
         residency=(Residency("region", cloud_regions.AWS),),
@@ -198,8 +209,10 @@ _BUILT_IN: tuple[Profile, ...] = (
         needs=("region",),
     ),
     Profile(
-        # The container behind the endpoint is asked through InvokeEndpoint, which boto3 signs.
+        # The container behind the endpoint is asked through InvokeEndpoint, which boto3 signs. What it calls its model
+        # is its own business: not every container is told a name.
         "sagemaker-invoke",
+        echoes_model=False,
         base_url="https://runtime.sagemaker.{region}.amazonaws.com",
         usage=UsagePointers(cost=None),
         error_map=profile_errors.SAGEMAKER,

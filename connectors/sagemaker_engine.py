@@ -125,6 +125,7 @@ class SagemakerEngine(HttpEngine):
             prompt_text=job.prompt_text,
             secrets=self._credentials.secrets,
             now=self._now,
+            echo=self._echo,
         )
         return outcome, True
 

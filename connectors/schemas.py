@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-LEDGER_VERSION = 2
+LEDGER_VERSION = 3
 
 LABEL = pa.dictionary(pa.int32(), pa.string())
 UTC = pa.timestamp("us", "UTC")
@@ -89,26 +89,38 @@ ATTEMPTS = _schema(
     ("http_status", pa.int16()), ("input_tokens", pa.int64()), ("cached_tokens", pa.int64()),
     ("output_tokens", pa.int64()), ("recount_input_tokens", pa.int64()), ("recount_output_tokens", pa.int64()),
     ("usage_source", LABEL), ("provider_request_id", pa.string()), ("provider_cost", COST), ("jurisdiction", LABEL),
-    ("operator", LABEL), ("endpoint_host", LABEL),
+    ("operator", LABEL), ("endpoint_host", LABEL), ("finish_reason", LABEL), ("cache_write_tokens", pa.int64()),
+    ("model_returned", LABEL), ("other_model", pa.bool_()),
 )  # fmt: skip
+"""``jurisdiction`` is where the answer says that it was processed; where it says nothing, what the pool declares.
+``finish_reason`` is the provider's word; ``length``: cut off at max_tokens, as at least one of the samples was.
+``cache_write_tokens`` are input tokens too, and none of the cached ones. ``model_returned`` is the model that the
+answer names, ``other_model`` whether that is plainly another one than was asked for; NULL: nothing to compare."""
 
 CHARGES = _schema(
     ("charge_id", UUID), ("run_id", LABEL), ("run_date", pa.date32()), ("request_id", pa.string()),
     ("attempt_id", UUID), ("pool", LABEL), ("meter", LABEL), ("quantity", QUANTITY), ("unit_price", UNIT_PRICE),
     ("currency", LABEL), ("cost_native", COST), ("fx_rate", FX_RATE), ("fx_source", LABEL), ("fx_at", UTC),
     ("cost", COST), ("baseline_cost", COST), ("price_id", LABEL), ("charged_at", UTC), ("tags", LABEL),
+    ("baseline", LABEL),
 )  # fmt: skip
+"""``baseline`` names the list price that ``baseline_cost`` is counted by; NULL: the run had none when it was booked."""
 
 BASELINES = _schema(
     ("run_id", pa.string()), ("baseline", pa.string()), ("meter", pa.string()), ("unit_price", UNIT_PRICE),
-    ("valid_from", UTC), ("source", pa.string()), ("model", pa.string()),
+    ("valid_from", UTC), ("source", pa.string()), ("model", pa.string()), ("start", pa.int32()),
 )  # fmt: skip
 """The list prices (USD) that the run's savings are counted against; the first one is ``charges.baseline_cost``.
-``model`` NULL: of every model."""
+``model`` NULL: of every model. ``start``: which start of the run wrote the row; a list may change between two."""
+
+START = pa.field("start", pa.int32())
+"""Which start of the run a round was of: rounds begin anew with each. Of a market's tables, from where it is written
+down (``decisions``): the market itself knows of no start."""
 
 TABLES: dict[str, pa.Schema] = {
-    "runs": RUNS, "requests": REQUESTS, "prices": PRICES, "lots": LOTS, "bids": BIDS, "awards": AWARDS,
-    "auctions": AUCTIONS, "attempts": ATTEMPTS, "charges": CHARGES, "baselines": BASELINES,
+    "runs": RUNS, "requests": REQUESTS, "prices": PRICES, "lots": LOTS.append(START), "bids": BIDS.append(START),
+    "awards": AWARDS.append(START), "auctions": AUCTIONS.append(START), "attempts": ATTEMPTS, "charges": CHARGES,
+    "baselines": BASELINES,
 }  # fmt: skip
 
 METER_COLUMNS = {
@@ -123,7 +135,6 @@ SEGMENT = _schema(
     *((field.name, field.type) for field in ATTEMPTS if field.name != "run_id"),
     ("output", pa.large_string()),
     ("samples", pa.list_(pa.large_string())),
-    ("finish_reason", LABEL),
     *((name, QUANTITY) for name in METER_COLUMNS.values()),
     ("price_id", LABEL),
     ("cost", COST),

@@ -286,7 +286,7 @@ class Host:
             "status": "failed" if broken else "ok",
             "output": first.text,
             "samples": [sample.text for sample in samples] if len(samples) > 1 else None,
-            "finish_reason": first.finish_reason,
+            "finish_reason": "length" if any(s.finish_reason == "length" for s in samples) else first.finish_reason,
             "input_tokens": entry.length,
             "cached_tokens": output.num_cached_tokens,
             "output_tokens": sum(len(sample.token_ids) for sample in samples),

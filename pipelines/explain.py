@@ -109,7 +109,7 @@ def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list
 _REQUEST_FIELDS = (
     "source_file", "source_row", "tenant", "placement", "status", "reason", "shared_with", "tags",
 )  # fmt: skip
-_LOT_FIELDS = ("model", "requests", "input_tokens", "ideal_cached_tokens")
+_LOT_FIELDS = ("start", "model", "requests", "input_tokens", "ideal_cached_tokens")
 _AWARD_FIELDS = ("winner", "runner_up", "payment_rule", "price_paid", "reserved")
 
 _RUNS_OF_REQUEST = """
@@ -127,7 +127,8 @@ _ATTEMPTS = """
 SELECT
     CAST(attempt_id AS VARCHAR) AS attempt_id, request_id, round, lot_id, attempt_no, kind, pool, model, status,
     error_class, error_message, http_status, started_at, finished_at, input_tokens, cached_tokens, output_tokens,
-    usage_source, provider_request_id, provider_cost, jurisdiction, "operator", endpoint_host
+    usage_source, provider_request_id, provider_cost, jurisdiction, "operator", endpoint_host,
+    finish_reason, cache_write_tokens, model_returned, other_model
 FROM attempts
 WHERE run_id = $1 AND (request_id = $2 OR attempt_id = $3)
 ORDER BY started_at, attempt_no, attempt_id"""
@@ -150,7 +151,7 @@ WHERE run_id = $1 AND round = $2 AND lot_id = $3
 ORDER BY eligible DESC, score NULLS LAST, pool"""
 
 _LOT = """
-SELECT model, requests, input_tokens, ideal_cached_tokens
+SELECT "start", model, requests, input_tokens, ideal_cached_tokens
 FROM lots
 WHERE run_id = $1 AND round = $2 AND lot_id = $3"""
 

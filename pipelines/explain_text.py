@@ -49,7 +49,9 @@ def _clearing(it: Clearing) -> Iterator[str]:
         cached = f", {it.ideal_cached_tokens} at best from the cache" if it.ideal_cached_tokens is not None else ""
         size.append(f"{it.input_tokens} input tokens{cached}")
     about = f" ({'; '.join(size)})" if size else ""
-    yield f"Round {it.round}, lot {it.lot_id}{about}"
+    # Of a run that was never started again nobody need be told which start it was.
+    start = "" if it.start is None or it.start == 1 else f"Start {it.start}, "
+    yield f"{start}{'round' if start else 'Round'} {it.round}, lot {it.lot_id}{about}"
     offers = [bid for bid in it.bids if bid.eligible]
     if offers:
         yield from _table(_BID_HEAD, [_bid_cells(bid, it) for bid in offers])
@@ -117,10 +119,14 @@ def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
     error = [it.error_class, None if it.http_status is None else f"HTTP {it.http_status}", it.error_message]
     if it.status != "ok" and any(part is not None for part in error):
         yield f"  error: {', '.join(part for part in error if part is not None)}"
+    written = "" if it.cache_write_tokens is None else f"{it.cache_write_tokens} written to the cache, "
+    cut = ", cut off at max_tokens" if it.finish_reason == "length" else ""
     yield (
-        f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, "
-        f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'})"
+        f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, {written}"
+        f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'}){cut}"
     )
+    if it.other_model:
+        yield f"  the answer names another model: {it.model_returned}"
     facts = {
         "model": it.model,
         "endpoint": it.endpoint_host,

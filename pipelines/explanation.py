@@ -45,6 +45,8 @@ class Clearing:
 
     round: int
     lot_id: str
+    start: int | None
+    """Which start of the run: rounds begin anew with each. None in a ledger from before it stood there."""
     model: str | None
     requests: int | None
     input_tokens: int | None
@@ -101,6 +103,11 @@ class Attempt:
     jurisdiction: str | None
     operator: str | None
     endpoint_host: str | None
+    finish_reason: str | None
+    cache_write_tokens: int | None
+    model_returned: str | None
+    other_model: bool | None
+    """Whether the answer plainly names another model than was asked for."""
     charges: tuple[Charge, ...]
 
 

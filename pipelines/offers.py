@@ -125,6 +125,7 @@ def _offer(
         output_share=seen.output_share,
         output_share_p95=seen.output_share_p95,
         excess=seen.excess,
+        misnamed=seen.misnamed,
         newcomer=any(each.newcomer for each in known),
     )
 

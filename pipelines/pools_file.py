@@ -135,11 +135,13 @@ def _pool(
     for key in fields.node.entries:
         if key not in _KEYS[kind]:
             raise fault(fields.node.entries[key], f"does not belong to a pool of kind {kind}", ", ".join(_KEYS[kind]))
-    models = _served(
+    models, answers_as = _served(
         fields.need("models", "the models that it serves: a list of names, or a mapping to its own names"), declared
     )
     if kind == "vllm":
         _check_sources(fields, models, declared)
+        if answers_as:
+            raise fault(fields.node.entries["models"], "says answers_as of an engine that loads the model itself")
     profile = _profile(fields)
     capacity = fields.read("capacity", _capacity, Capacity())
     price, source = read_price(
@@ -172,6 +174,7 @@ def _pool(
         headers=fields.read("headers", text_map_of, {}),
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
         options=options,
+        answers_as=answers_as,
         settlement=cast(Settlement, fields.read("settlement", lambda entry: choice_of(entry, SETTLEMENTS), "external")),
     )
     if kind == "lease":
@@ -242,10 +245,18 @@ def _kind(fields: Fields) -> PoolKind:
     )
 
 
-def _served(node: Node, declared: Mapping[str, ModelSpec] | None) -> dict[str, str]:
-    """Model name in the job -> name at the pool."""
+def _served(node: Node, declared: Mapping[str, ModelSpec] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Model name in the job -> name at the pool; and -> what its answers must call it, where that is said."""
+    answers_as: dict[str, str] = {}
     if node.kind == "map":
-        pairs = [(name, name if entry.is_null else text_of(entry), entry) for name, entry in node.entries.items()]
+        pairs = []
+        for name, entry in node.entries.items():
+            named: Node | None = None if entry.is_null else entry
+            if entry.kind == "map":
+                fields = Fields(entry, ("name", "answers_as"))
+                named, told = fields.get("name"), fields.maybe("answers_as", text_of)
+                answers_as |= {} if told is None else {name: told}
+            pairs.append((name, name if named is None else text_of(named), entry))
     elif node.kind == "list":
         pairs = [(text_of(item), text_of(item), item) for item in node.items]
     else:
@@ -260,7 +271,7 @@ def _served(node: Node, declared: Mapping[str, ModelSpec] | None) -> dict[str, s
         if name in served:
             raise fault(place, f"the model {name!r} is there twice")
         served[name] = theirs
-    return served
+    return served, answers_as
 
 
 def _check_sources(fields: Fields, models: Mapping[str, str], declared: Mapping[str, ModelSpec] | None) -> None:

@@ -65,6 +65,7 @@ def measure(spec: PoolSpec, model: str, fx: Mapping[str, FxRate]) -> tuple[Measu
     """
     import pyarrow as pa
 
+    from bidbeam.transforms.region_check import check_regions
     from bidbeam.transforms.settling import settle
 
     terms = terms_of(spec, model, fx)
@@ -72,7 +73,7 @@ def measure(spec: PoolSpec, model: str, fx: Mapping[str, FxRate]) -> tuple[Measu
     asked = _request(attempt_id)
     engine = _engine(replace(spec, timeout_s=min(spec.timeout_s, _TIMEOUT_S)), model)
     try:
-        result = _answer(engine, asked)
+        result, _ = check_regions(_answer(engine, asked), spec.placement)
     finally:
         engine.close()
     row = settle(_known(attempt_id), result, terms, accelerator_ms=None if not terms.price.by_time else 0)

@@ -168,7 +168,8 @@ SELECT
     pool, model, CAST(sum(attempts) AS BIGINT) AS attempts,
     CAST(sum(compared_input) AS BIGINT) AS compared_input, CAST(sum(input_tokens_off) AS BIGINT) AS input_off,
     CAST(sum(compared_output) AS BIGINT) AS compared_output, CAST(sum(output_tokens_off) AS BIGINT) AS output_off,
-    CAST(sum(compared_cost) AS BIGINT) AS compared_cost, CAST(sum(cost_off) AS DECIMAL(38, 18)) AS cost_off
+    CAST(sum(compared_cost) AS BIGINT) AS compared_cost, CAST(sum(cost_off) AS DECIMAL(38, 18)) AS cost_off,
+    CAST(sum(other_model) AS BIGINT) AS other_model
 FROM reconciliation
 GROUP BY pool, model
 ORDER BY pool, model"""

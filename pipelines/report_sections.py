@@ -388,6 +388,7 @@ def _reconciliation(ledger: duckdb.DuckDBPyConnection) -> Section:
         ("output off", True, lambda r: off_cell(r["output_off"])),
         ("bills compared", True, lambda r: count_cell(r["compared_cost"])),
         ("bill off", True, lambda r: usd_cell(r["cost_off"])),
+        ("other model", True, lambda r: count_cell(r["other_model"])),
     ]
     note = "What pools reported, minus what we counted and computed ourselves, over the attempts where both are known."
     table = table_of("Reported against recounted", _rows(ledger, ask.RECONCILIATION), columns)

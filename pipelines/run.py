@@ -187,6 +187,7 @@ def summary(
                 cached_tokens=pool["cached_tokens"],
                 output_tokens=pool["output_tokens"],
                 cost=Decimal(pool["cost"]),
+                other_model=pool.get("other_model", 0),
             )
             for pool in manifest["pools"]
         ),
@@ -194,4 +195,6 @@ def summary(
         started=datetime.fromisoformat(manifest["started_at"]),
         exit_code=0 if complete else 3,
         rehearsal=rehearse,
+        truncated=manifest.get("truncated", 0),
+        other_models=dict(manifest.get("other_models", {})),
     )

@@ -22,6 +22,11 @@ def summary_text(summary: RunSummary) -> str:
     if dead:
         beyond = ", more than tolerated" if summary.exit_code == 3 else ""
         rows.append(("dead letters", f"{dead:,}: {counts(summary.dead)}{beyond}"))
+    if summary.truncated:
+        rows.append(("cut off", f"{_answers(summary.truncated)} cut off at max_tokens"))
+    if summary.other_models:
+        odd = sum(summary.other_models.values())
+        rows.append(("other model", f"{_answers(odd, 'names')} another model: {_asked_of(summary)}"))
     rows.append(("tokens", _tokens(summary)))
     rows.append(("cost", usd(summary.cost) + _saved(summary.cost, summary.baseline_cost)))
     if summary.status != "nothing_to_do":
@@ -40,6 +45,17 @@ def summary_text(summary: RunSummary) -> str:
         ]
         text = table_text(heads, body, right=range(1, 6)) + "\n\n" + text
     return text
+
+
+def _answers(number: int, does: str = "was") -> str:
+    many = {"was": "were", "names": "name"}
+    return f"1 answer {does}" if number == 1 else f"{number:,} answers {many[does]}"
+
+
+def _asked_of(summary: RunSummary) -> str:
+    """The models that answers name, and the pools that gave them; names are the providers' words."""
+    pools = {each.pool: each.other_model for each in summary.pools if each.other_model}
+    return f"{counts(summary.other_models)}; from {counts(pools)}" if pools else counts(summary.other_models)
 
 
 def _tokens(summary: RunSummary) -> str:
@@ -120,7 +136,8 @@ def _of_lots(some: int, all_: int) -> str:
 
 def _seen_text(quote: Quote) -> str:
     """What the ledger's earlier runs showed of the pools; what they did not is empty."""
-    heads = ("earlier runs", "answers", "failed", "up", "cached", "output", "longest", "latency p95", "over-reported")
+    heads = ("earlier runs", "answers", "failed", "up", "cached", "output", "longest", "latency p95", "over-reported",
+             "other model")  # fmt: skip
     body = [
         (
             each.pool + (" (newcomer)" if each.newcomer else ""),
@@ -129,10 +146,11 @@ def _seen_text(quote: Quote) -> str:
             _percent(each.output_share_p95),
             "" if each.latency_p95_s is None else duration_text(each.latency_p95_s),
             _percent(each.excess),
+            _percent(each.misnamed),
         )
         for each in quote.pools
     ]
-    return table_text(heads, body, right=range(1, 9))
+    return table_text(heads, body, right=range(1, 10))
 
 
 def _percent(share: float | None) -> str:

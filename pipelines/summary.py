@@ -21,6 +21,8 @@ class PoolTotal:
     cached_tokens: int | None
     output_tokens: int | None
     cost: Decimal
+    other_model: int = 0
+    """Answers that plainly name another model than was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ class RunSummary:
     started: datetime | None = None
     exit_code: int = 0
     rehearsal: bool = False
+    truncated: int = 0
+    """Answers that were cut off at ``max_tokens``."""
+    other_models: Mapping[str, int] = field(default_factory=dict)
+    """Answers that plainly name another model than was asked for, by the names they give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ class QuotePool:
     """Output per token of ``max_tokens``: the mean, and what 95 % of the answers stay below."""
     excess: float | None = None
     """How much more it reports than we count, beyond what is tolerated."""
+    misnamed: float | None = None
+    """Share of its answers that plainly name another model than was asked for."""
     newcomer: bool = False
 
 

@@ -69,6 +69,54 @@ RULES = (
         GROUP BY attempt_id, meter
         HAVING count(*) > 1""",
     ),
+    # Which baseline counted stands on the charge; its list may have changed between two starts of the run, and a start
+    # books what one before it had settled. A ledger from before the name stood there is held to any list of the run.
+    Rule(
+        "charges.baseline_cost",
+        "baseline_cost is what the served attempt's tokens cost at the run's list, once, and unknown where they are",
+        "charges",
+        """
+        WITH listed AS (
+            SELECT
+                run_id, "start", baseline, model,
+                max(unit_price) FILTER (WHERE meter = 'uncached_input') AS input_price,
+                max(unit_price) FILTER (WHERE meter = 'cached_input') AS cached_price,
+                max(unit_price) FILTER (WHERE meter = 'output') AS output_price,
+                max(unit_price) FILTER (WHERE meter = 'request') AS request_price
+            FROM baselines
+            GROUP BY run_id, "start", baseline, model
+        ), counted AS (
+            SELECT
+                run_id, attempt_id, count(baseline_cost) AS times, max(baseline_cost) AS baseline_cost,
+                max(baseline) AS baseline, count(DISTINCT baseline) AS baselines
+            FROM charges
+            GROUP BY run_id, attempt_id
+        ), compared AS (
+            SELECT
+                counted.run_id, counted.attempt_id, counted.baseline, counted.baseline_cost, counted.times,
+                counted.baselines,
+                CASE WHEN attempt.status = 'ok' AND attempt.kind NOT IN ('audit', 'hedge', 'overhead', 'probe')
+                    AND attempt.usage_source <> 'estimate' THEN CAST(
+                        (attempt.input_tokens - coalesce(attempt.cached_tokens, 0)) * listed.input_price
+                        + coalesce(attempt.cached_tokens, 0) * coalesce(listed.cached_price, listed.input_price)
+                        + attempt.output_tokens * listed.output_price
+                        + coalesce(listed.request_price, 0) AS DECIMAL(38, 18)) END AS expected
+            FROM counted
+            JOIN attempts AS attempt
+                ON attempt.attempt_id = counted.attempt_id AND attempt.run_id = counted.run_id
+            LEFT JOIN listed
+                ON listed.run_id = counted.run_id AND (listed.model IS NULL OR listed.model = attempt.model)
+                AND (counted.baseline IS NULL OR listed.baseline = counted.baseline)
+        )
+        SELECT
+            run_id, attempt_id, any_value(baseline) AS baseline, any_value(baseline_cost) AS baseline_cost,
+            any_value(expected) AS expected
+        FROM compared
+        GROUP BY run_id, attempt_id
+        HAVING any_value(times) > 1 OR any_value(baselines) > 1 OR NOT (
+            bool_or(baseline_cost IS NOT DISTINCT FROM expected)
+            OR (any_value(baseline) IS NULL AND any_value(baseline_cost) IS NULL))""",
+    ),
     Rule(
         "attempts.attempt_id",
         "no attempt stands there twice",
@@ -81,13 +129,16 @@ RULES = (
     ),
     Rule(
         "attempts.tokens",
-        "cached tokens are a subset of input tokens, no count is negative, and nothing ends before it starts",
+        "cached and cache-written tokens are parts of the input, no count is negative, nothing ends before it starts",
         "attempts",
         """
-        SELECT run_id, attempt_id, input_tokens, cached_tokens, output_tokens, started_at, finished_at
+        SELECT
+            run_id, attempt_id, input_tokens, cached_tokens, cache_write_tokens, output_tokens, started_at, finished_at
         FROM attempts
-        WHERE cached_tokens > input_tokens OR (cached_tokens IS NOT NULL AND input_tokens IS NULL)
-            OR least(input_tokens, cached_tokens, output_tokens) < 0 OR finished_at < started_at""",
+        WHERE coalesce(cached_tokens, 0) + coalesce(cache_write_tokens, 0) > input_tokens
+            OR (coalesce(cached_tokens, cache_write_tokens) IS NOT NULL AND input_tokens IS NULL)
+            OR least(input_tokens, cached_tokens, cache_write_tokens, output_tokens) < 0
+            OR finished_at < started_at""",
     ),
     Rule(
         "attempts.charged",
@@ -252,9 +303,10 @@ RULES = (
         """
         SELECT award.run_id, award.round, award.lot_id, award.pool, award.runner_up
         FROM awards AS award
-        LEFT JOIN bids AS won ON won.run_id = award.run_id AND won.round = award.round AND won.lot_id = award.lot_id
-            AND won.pool = award.pool AND won.eligible
-        LEFT JOIN bids AS next_best ON next_best.run_id = award.run_id AND next_best.round = award.round
+        LEFT JOIN bids AS won ON won.run_id = award.run_id AND won."start" IS NOT DISTINCT FROM award."start"
+            AND won.round = award.round AND won.lot_id = award.lot_id AND won.pool = award.pool AND won.eligible
+        LEFT JOIN bids AS next_best ON next_best.run_id = award.run_id
+            AND next_best."start" IS NOT DISTINCT FROM award."start" AND next_best.round = award.round
             AND next_best.lot_id = award.lot_id AND next_best.pool = award.runner_up AND next_best.eligible
         WHERE won.pool IS NULL OR (award.runner_up IS NOT NULL AND next_best.pool IS NULL)
             OR award.runner_up = award.pool""",
@@ -285,15 +337,17 @@ RULES = (
         "auctions",
         """
         WITH cleared AS (
-            SELECT run_id, round, sum(awarded) AS awarded FROM auctions GROUP BY run_id, round
+            SELECT run_id, "start", round, sum(awarded) AS awarded FROM auctions GROUP BY run_id, "start", round
         ), made AS (
-            SELECT run_id, round, count(*) AS awards FROM awards GROUP BY run_id, round)
+            SELECT run_id, "start", round, count(*) AS awards FROM awards GROUP BY run_id, "start", round)
         SELECT
-            auction.run_id, auction.round, auction.objective, auction.lp_bound, auction.regret, cleared.awarded,
-            made.awards
+            auction.run_id, auction."start", auction.round, auction.objective, auction.lp_bound, auction.regret,
+            cleared.awarded, made.awards
         FROM auctions AS auction
-        JOIN cleared ON cleared.run_id = auction.run_id AND cleared.round = auction.round
-        LEFT JOIN made ON made.run_id = auction.run_id AND made.round = auction.round
+        JOIN cleared ON cleared.run_id = auction.run_id AND cleared."start" IS NOT DISTINCT FROM auction."start"
+            AND cleared.round = auction.round
+        LEFT JOIN made ON made.run_id = auction.run_id AND made."start" IS NOT DISTINCT FROM auction."start"
+            AND made.round = auction.round
         WHERE auction.objective < auction.lp_bound OR auction.regret < 0
             OR cleared.awarded IS DISTINCT FROM coalesce(made.awards, 0)""",
     ),

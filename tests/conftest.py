@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
+
+# How long an example takes says something of the machine, nothing of the code.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 _ENGINE = re.compile(r"pytest\.mark\.engine\b")
 

@@ -543,6 +543,25 @@ def test_a_line_can_say_nothing_that_breaks_the_reading() -> None:
         assert line is None or line.outcome.status == "failed"
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_model_that_a_row_names_is_compared(wrapped: bool) -> None:
+    """In both shapes of a row, as in a single answer; a promised name is held to."""
+    from bidbeam.connectors.batch_engine import _now
+    from bidbeam.connectors.batch_lines import Asked
+    from bidbeam.connectors.model_echo import Echo
+
+    body = {"model": "other-7b", "choices": [{"message": {"content": "hi"}}]}
+    raw = json.dumps({"custom_id": "a", "response": {"status_code": 200, "body": body} if wrapped else body}).encode()
+    told = []
+    for echo in (Echo(("tiny",)), Echo(("tiny",), "tiny"), Echo()):
+        line = read_line(
+            raw, profile(None), chat=True, find=lambda _: Asked(1, lambda: None), secrets=(), now=_now, echo=echo
+        )
+        assert line is not None
+        told.append((line.outcome.status, line.outcome.model_returned, line.outcome.other_model))
+    assert told == [("ok", "other-7b", True), ("failed", "other-7b", True), ("ok", "other-7b", None)]
+
+
 # -- a bucket in between --
 
 

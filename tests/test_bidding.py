@@ -223,6 +223,7 @@ def test_a_pool_of_doubtful_reports_bids_its_audit() -> None:
     """Four tokens in a hundred too many are worth a second opinion on twenty answers of a hundred, at most on all."""
     for excess, share in ((None, "0"), (0.0, "0"), (0.04, "0.2"), (3.0, "1")):
         row = _row(pool("p", **CHEAP, state=_known(excess=excess)))
+        assert row == _row(pool("p", **CHEAP, state=_known(excess=None if excess is None else 0.0, misnamed=excess)))
         assert row["audit_cost"] == row["expected_cost"] * Decimal(share)
 
 

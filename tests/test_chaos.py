@@ -82,8 +82,9 @@ def hold_to_books(found: Any, books: dict[str, Books]) -> tuple[Decimal, Decimal
             assert (row["usage_source"], charged >= entry.cost) == ("estimate", True)
             unreported += charged - entry.cost
         else:
-            tokens = [row[column] for column in ("input_tokens", "cached_tokens", "output_tokens")]
-            assert tokens == [entry.prompt_tokens, entry.cached_tokens, entry.completion_tokens], (row, entry)
+            columns = ("input_tokens", "cached_tokens", "cache_write_tokens", "output_tokens")
+            theirs = [entry.prompt_tokens, entry.cached_tokens, entry.cache_write_tokens, entry.completion_tokens]
+            assert [row[column] for column in columns] == theirs, (row, entry)
             assert charged == entry.cost, (row, entry)
     return unreported, lost
 
@@ -155,6 +156,23 @@ def test_a_third_fails_one_pool_dies_and_nothing_good_is_lost(tmp_path: Path) ->
     assert sum((entry.cost for entry in billed), Decimal(0)) > 0
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 600, f"{grown:.0f} MiB more"
+
+
+def test_what_is_written_to_a_cache_is_billed_once(tmp_path: Path) -> None:
+    """At its own price where the endpoint tells it, by the ledger as by the endpoint's books, failures included."""
+    prices = {**PRICES["near"], "cache_write": "0.125"}
+    rates = {"truncated": 0.1, "blank": 0.1, "no_cached": 0.2}
+    with ChaosDouble(["tiny"], rates, seed=5, prices=prices, report_written=True) as near:
+        job = make_job(tmp_path, prompts(40), [remote("near", near.base_url, price=prices)])
+        summary = run(job)
+        books = near.books()
+    found = written(job)
+    check_conserved(found, 40)
+    unreported, lost = hold_to_books(found, {"near": books})
+    assert summary.cost == books.cost + unreported + lost
+    assert unreported == 0
+    meters = {row["meter"]: row["quantity"] for row in found.rows("charges") if row["quantity"] > 0}
+    assert meters.keys() == {"uncached_input", "cached_input", "cache_write", "output"}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

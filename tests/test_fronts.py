@@ -83,6 +83,12 @@ def test_serves_and_books(profile: str, opened: Open) -> None:
         assert told == (theirs.prompt_tokens, theirs.cached_tokens, theirs.completion_tokens)
         assert each["provider_cost"] == (theirs.cost if front.kind.tells_cost else None)
         assert (each["usage_source"], each["endpoint_host"]) == ("reported", front.host)
+        # Vertex and the others say nothing of where they processed it.
+        assert each["jurisdiction"] == ("SE" if profile == "azure" else None)
+        assert (each["model_returned"], each["other_model"]) == (
+            THEIRS if front.kind.names_model else each["model_returned"],
+            None if profile in ("azure", "sagemaker") else False,
+        )
     assert front.refused == 0
     assert {seen.body["model"] for seen in front.requests} == {THEIRS if front.kind.names_model else ""}
 

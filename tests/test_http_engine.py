@@ -213,6 +213,50 @@ def test_impossible_usage_counts_as_not_reported(usage: Any, expected: tuple[Any
     assert (result.input_tokens, result.cached_tokens, result.output_tokens, result.usage_source) == expected
 
 
+@pytest.mark.parametrize(
+    ("profile", "details", "expected"),
+    [
+        ("openrouter", {"cached_tokens": 4, "cache_write_tokens": 5}, (4, 5)),
+        ("openrouter", {"cached_tokens": 4, "cache_write_tokens": 6}, (4, None)),
+        ("openrouter", {"cache_write_tokens": 9}, (None, 9)),
+        ("openrouter", {"cached_tokens": 0, "cache_write_tokens": -1}, (0, None)),
+        ("openrouter", {"created_cache_tokens": 5}, (None, None)),
+        ("vllm", {"cached_tokens": 4, "created_cache_tokens": 5}, (4, 5)),
+    ],
+)
+def test_reads_what_was_written_to_a_cache(profile: str, details: Any, expected: tuple[Any, ...]) -> None:
+    """Each profile knows where it stands; more than the input that was no hit is not believed."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": details}
+    body = {"choices": [{"message": {"content": "hi"}}], "usage": usage}
+    result = answer(body, profile=PROFILES[profile])
+    assert (result.cached_tokens, result.cache_write_tokens) == expected
+
+
+def test_the_model_that_an_answer_names_is_kept_and_compared() -> None:
+    """A dated name is the same model, another family is told and no more; without a name all is unknown."""
+    for said, expected in (("tiny-2026-01-31", False), ("other-7b", True), (None, None)):
+        with driving(Reply(merge={"model": said})) as (driver, _):
+            result = driver.run([row(1)])[1]
+        assert (result["status"], result["model_returned"], result["other_model"]) == ("ok", said, expected)
+
+
+def test_a_pool_is_held_to_the_name_that_the_pools_file_promises() -> None:
+    """Another name, or none, is no answer; what it used stays known."""
+    for said, ok in (("vendor/gpt-4o-2024-08-06", True), ("gpt-4o-mini", False), (None, False)):
+        with driving(Reply(merge={"model": said}), answers_as={"model": "gpt-4o"}) as (driver, _):
+            result = driver.run([row(1)])[1]
+        assert (result["status"], result["error_class"]) == (("ok", None) if ok else ("failed", "bad_output"))
+        assert (result["other_model"], result["input_tokens"]) == (None if said is None else not ok, 6)
+        assert ok or "the pools file says gpt-4o" in result["error_message"]
+
+
+def test_one_sample_that_is_cut_off_is_told() -> None:
+    """Whichever of several samples it is, the answer's finish_reason says so."""
+    choices = [{"index": n, "message": {"content": "x"}, "finish_reason": ("stop", "length")[n]} for n in range(2)]
+    assert answer({"choices": choices}, n=2).finish_reason == "length"
+    assert answer({"choices": choices}, n=1).finish_reason == "stop"
+
+
 def test_missing_usage_leaves_nulls() -> None:
     """An answer without usage is an answer; its tokens are for the settling to count."""
     result = one(NO_USAGE)
@@ -636,11 +680,14 @@ def check(outcome: Outcome) -> None:
     assert outcome.status in ("ok", "failed")
     assert (outcome.status == "ok") == (outcome.error_class is None) == (outcome.output is not None)
     assert (outcome.error_message is None) == (outcome.status == "ok")
-    for text in (outcome.error_message, outcome.provider_request_id, outcome.finish_reason):
+    for text in (outcome.error_message, outcome.provider_request_id, outcome.finish_reason, outcome.model_returned):
         assert text is None or (KEY not in text and len(text) <= 200 and text.isprintable())
     if outcome.cached_tokens is not None:
         assert outcome.input_tokens is not None
         assert outcome.cached_tokens <= outcome.input_tokens
+    if outcome.cache_write_tokens is not None:
+        assert outcome.input_tokens is not None
+        assert (outcome.cached_tokens or 0) + outcome.cache_write_tokens <= outcome.input_tokens
     pa.array([outcome.output], pa.large_string())
     pa.array([outcome.error_message], pa.string())
     pa.array([outcome.provider_cost], pa.decimal128(38, 18))
@@ -657,6 +704,7 @@ ANSWER = st.fixed_dictionaries(
     {},
     optional={
         "id": JSON,
+        "model": JSON,
         "error": JSON | st.fixed_dictionaries({}, optional={"message": TEXT, "code": JSON}),
         "detail": JSON,
         "usage": JSON
@@ -666,7 +714,7 @@ ANSWER = st.fixed_dictionaries(
                 "prompt_tokens": JSON,
                 "completion_tokens": JSON,
                 "cost": JSON,
-                "prompt_tokens_details": st.fixed_dictionaries({"cached_tokens": JSON}),
+                "prompt_tokens_details": st.fixed_dictionaries({"cached_tokens": JSON, "cache_write_tokens": JSON}),
             },
         ),
         "choices": JSON

@@ -116,6 +116,26 @@ def test_pools_of_one_segment_keep_their_own_terms(journal: Store) -> None:
     assert [agreed[price].pool for price in rows.column("price_id").to_pylist()] == rows.column("pool").to_pylist()
 
 
+def test_a_segment_of_before_a_column_was_added_is_read(journal: Store) -> None:
+    """A run that was begun by an earlier version goes on: what its segments lack is NULL."""
+    sound = write_segment(journal, PREFIX, 0, segment([1, 2]), [terms()])
+    with journal.open_input(sound.name) as source:
+        reader = pa.ipc.open_file(source)
+        older = reader.read_all().drop_columns(["model_returned", "other_model", "cache_write_tokens"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, older.schema) as writer:
+        writer.write_table(older)
+    journal.create(f"{PREFIX}-000001.arrow", sink.getvalue())
+    found = sound_segments(journal)
+    assert len(found) == 2
+    for ref in found:
+        rows, agreed = read_segment(journal, ref.name)
+        assert rows.schema.equals(SEGMENT)
+        assert (rows.column("tag").to_pylist(), list(agreed)) == ([1, 2], [terms().price.price_id])
+    both, _ = read_rows(journal, found, 0)
+    assert both.column("model_returned").to_pylist() == [None] * 4
+
+
 def test_damaged_and_foreign_files_are_no_segments(journal: Store, caplog: pytest.LogCaptureFixture) -> None:
     """A torn segment is set aside with a warning, another program's file is not looked at; the sound ones count."""
     sound = write_segment(journal, PREFIX, 0, segment([1, 2]), [terms()])

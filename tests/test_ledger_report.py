@@ -130,6 +130,7 @@ def test_every_chapter_says_what_the_views_say(ledger: str, tmp_path: Path) -> N
     assert ("chutes", "primary", "failed", "server") in outcomes
     checked = {row["pool"]: row for row in page.rows("Reported against recounted")}
     assert (checked["chutes"]["input off"], checked["subnet"]["output off"]) == ("+2", "-5")
+    assert checked["chutes"]["other model"] == "0"
     prices = {(row["pool"], row["meter"]): row["price"] for row in page.rows("Prices paid")}
     assert prices["chutes", "cached_input"] == "0.01 USD per million"
     assert prices["own", "accelerator_second"] == "0.71 USD per hour"

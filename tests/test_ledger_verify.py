@@ -23,6 +23,7 @@ from tiny_model import tiny_model
 from bidbeam.connectors.doubles import EndpointDouble, Reply
 from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.ledger_manifest import latest_manifests
+from bidbeam.connectors.ledger_reader import open_ledger, run_query
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
@@ -72,6 +73,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "budget": {"max_cost": "5"},
             "placement": {"jurisdictions": ["EEA"]},
             "tags": {"team": "growth"},
+            "baseline": {"name": "list", "input": "0.50", "cached_input": "0.05", "output": "1.50", "per": "1M tokens"},
         }
         path = home_of(home, rows(), pools, **keys)
         summary = run_job(Job.from_yaml(path, run_date=DAY), rehearse=False, beam_options=[], progress=NullProgress())
@@ -178,6 +180,14 @@ def _more(value: Decimal) -> Decimal:
         ("charges", "charge_id", b"0" * 16, None, {"charges.charge_id"}),
         ("charges", "attempt_id", b"0" * 16, None, {"charges.charge_id", "charges.attempt_id", "requests.cost"}),
         ("prices", "unit_price", lambda p: p / 2, None, {"charges.price_id"}),
+        ("charges", "baseline_cost", _more, lambda r: r["baseline_cost"] is not None, {"charges.baseline_cost"}),
+        ("charges", "baseline_cost", None, lambda r: r["baseline_cost"] is not None, {"charges.baseline_cost"}),
+        ("charges", "baseline_cost", ULP, lambda r: r["baseline_cost"] is None, {"charges.baseline_cost"}),
+        ("charges", "baseline", "other", lambda r: r["baseline_cost"] is not None, {"charges.baseline_cost"}),
+        ("baselines", "unit_price", lambda p: p * 2, None, {"charges.baseline_cost"}),
+        ("attempts", "usage_source", "estimate", lambda r: r["status"] == "ok", {"charges.baseline_cost"}),
+        ("attempts", "kind", "audit", lambda r: r["status"] == "ok", {"charges.baseline_cost"}),
+        ("attempts", "cache_write_tokens", 10**6, lambda r: r["status"] == "ok", {"attempts.tokens"}),
         ("attempts", "cached_tokens", 10**6, lambda r: r["status"] == "ok", {"attempts.tokens"}),
         (
             "attempts",
@@ -204,6 +214,7 @@ def _more(value: Decimal) -> Decimal:
         ("bids", "eligible", False, lambda r: r["eligible"], {"bids.score", "awards.pool"}),
         ("awards", "pool", "far", None, {"awards.pool"}),
         ("awards", "reserved", ULP, None, {"awards.reserved"}),
+        ("awards", "start", 2, None, {"awards.pool", "auctions.lp_bound"}),
         ("auctions", "awarded", lambda n: n + 1, None, {"auctions.lp_bound"}),
         ("auctions", "objective", Decimal(0), lambda r: r["lp_bound"] > 0, {"auctions.lp_bound"}),
     ],
@@ -306,21 +317,37 @@ def test_time_on_an_engine_of_ours_is_verified(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_started_again_is_verified(tmp_path: Path) -> None:
-    """Rows that moved, changed or went away between two starts of a run leave a ledger that still adds up."""
+    """Rows that moved, changed or went away between two starts of a run, or another baseline, leave a ledger that still
+    adds up."""
     table = prompts(12)
     calls = iter(range(1000))
     with EndpointDouble(["tiny"], lambda _: Reply.error(500) if next(calls) % 3 == 0 else Reply()) as double:
         pools = [remote("near", double.base_url)]
 
-        def start(rows: pa.Table) -> None:
-            path = write_job(tmp_path, rows, pools, prompt={"column": "prompt"}, auction={"rounds": 1})
+        def start(rows: pa.Table, output: str | None = None) -> None:
+            keys: dict[str, Any] = {"prompt": {"column": "prompt"}, "auction": {"rounds": 1}}
+            if output is not None:
+                keys["baseline"] = {"name": "list", "input": "0.50", "output": output, "per": "1M tokens"}
+            path = write_job(tmp_path, rows, pools, **keys)
             run_job(Job.from_yaml(path, run_date=DAY), rehearse=False, beam_options=[], progress=NullProgress())
             found = verify_ledger(str(tmp_path / "ledger"))
             assert found.ok, verification_text(found)
 
         start(table)
-        start(pa.concat_tables([prompts(3, start=50), table.slice(2)]))
-        start(table.slice(0, 5))
+        start(pa.concat_tables([prompts(3, start=50), table.slice(2)]), "1.50")
+        start(pa.concat_tables([prompts(3, start=90), table.slice(0, 5)]), "1.70")
+
+    with open_ledger(str(tmp_path / "ledger")) as ledger:
+        prices = {row["output_price"] for row in run_query(ledger, _SAVED).to_pylist()}
+        assert prices == {Decimal("0.0000017")}
+        assert run_query(ledger, "SELECT DISTINCT start, round FROM regret").num_rows == 3
+
+
+_SAVED = """
+SELECT CAST((baseline_cost - 0.0000005 * input_tokens) / output_tokens AS DECIMAL(20, 10)) AS output_price
+FROM savings JOIN cost_per_request USING (run_id, request_id)
+WHERE baseline_cost IS NOT NULL"""
+"""What an output token costs at the baseline that savings are counted against."""
 
 
 def test_a_run_is_verified_alone(damaged: Damaged, capsys: pytest.CaptureFixture[str]) -> None:

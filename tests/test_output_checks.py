@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.json_schemas import Checker
-from bidbeam.transforms.output_checks import CUT_OFF, EMPTY, NO_JSON, NO_OBJECT, check_answers
+from bidbeam.transforms.output_checks import CUT_OFF, EMPTY, NO_JSON, NO_OBJECT, NOTHING_YET, check_answers
 from bidbeam.transforms.sampling import BadSampling, resolve
 
 PERSON = {
@@ -46,6 +46,9 @@ def check(*rows: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     [
         ("{}", {"output": ""}, EMPTY),
         ("{}", {"output": " \n\t"}, EMPTY),
+        ("{}", {"output": " ", "finish_reason": "length"}, NOTHING_YET),
+        ("{}", {"output": "a", "samples": ["a", " ", "c"]}, EMPTY),
+        ("{}", {"output": "a", "samples": ["a", "b"]}, None),
         ("{}", {"output": "no JSON, and none was asked for"}, None),
         (AS_OBJECT, {"output": '{"a": 1}'}, None),
         (AS_OBJECT, {"output": "[1]"}, NO_OBJECT),

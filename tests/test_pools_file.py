@@ -136,6 +136,9 @@ def test_a_price_per_request_alone_is_enough() -> None:
         (remote("capacity: {concurency: 3}"), "did you mean 'concurrency'?"),
         (remote("capacity: {concurrency: 0}"), "is 0 (expected a whole number from 1 to 1000000)"),
         (remote("models: {}"), "names no model"),
+        (remote("models: {m: {answer_as: x}}"), "did you mean 'answers_as'?"),
+        (remote("models: {m: {answers_as: [x]}}"), "pools[0].models.m.answers_as: is a list"),
+        (own("models: {m: {answers_as: x}}").replace("models: [m]\n    ", ""), "an engine that loads the model itself"),
         (remote("base_url: http://host.example/v1"), "sends prompts in the clear to 'host.example'"),
         (remote("base_url: ftp://host.example"), "(expected https://host/path; http:// only to this machine)"),
         (remote("base_url: https://host.example/v1?a=b"), "holds more than an address"),
@@ -166,6 +169,13 @@ def test_a_pool_that_cannot_be_right_is_refused(text: str, message: str) -> None
 def test_plain_http_is_fine_to_this_machine(host: str) -> None:
     """Loopback addresses need no encryption."""
     assert read(remote(f"base_url: http://{host}/v1/")).pools[0].base_url == f"http://{host}/v1"
+
+
+def test_a_model_may_have_another_name_there_and_answer_under_a_third() -> None:
+    """A text is its name at the pool; a mapping may say that and what answers call it."""
+    [pool] = read(remote("models: {a: theirs, b: {answers_as: gpt-4o}, c: {name: d1, answers_as: gpt-4o}, d: }")).pools
+    assert pool.models == {"a": "theirs", "b": "b", "c": "d1", "d": "d"}
+    assert pool.answers_as == {"b": "gpt-4o", "c": "gpt-4o"}
 
 
 def test_norway_is_a_country() -> None:

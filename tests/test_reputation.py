@@ -152,6 +152,16 @@ def test_a_pool_of_few_attempts_is_new_where_others_are_known() -> None:
     assert not any(each.newcomer for each in reputations([deeds("q", ok=3)], pools, now=NOW).values())
 
 
+def test_answers_that_name_another_model_are_doubted() -> None:
+    """As a share of those that could be compared, beside what is reported too much: the worse counts."""
+    assert known(deeds(named=80, misnamed=20)).misnamed == pytest.approx(0.25)
+    assert (known(deeds()).misnamed, known(deeds()).doubt) == (None, 0)
+    assert known(deeds(named=80)).doubt == 0
+    both = deeds(named=100, misnamed=5, compared_output=5_600, recount_output=5_000)
+    assert known(both).doubt == pytest.approx(0.10)
+    assert known(replace(both, misnamed=50)).doubt == pytest.approx(0.50)
+
+
 # -- what DuckDB reads of a ledger
 
 
@@ -197,6 +207,18 @@ def test_each_outcome_counts_as_what_it_is(tmp_path: Path) -> None:
     assert (found.busy_us, found.window_us) == (5 * 1_250_000, 1_250_000)
     assert (found.lengths, sum(found.latencies.values())) == ({50: 5}, 5)
     assert (found.minutes, found.minutes_up) == (0, 0)
+    assert (found.named, found.misnamed) == (0, 0)
+
+
+def test_models_that_answers_name_are_counted(tmp_path: Path) -> None:
+    """Only answers that were compared, and of these the ones that named plainly another model."""
+    store = Store.at(str(tmp_path))
+    rows = _attempts(*[("ok", None)] * 4)
+    for row, other in zip(rows, (True, False, None, True), strict=True):
+        row["other_model"] = other
+    _write(store, rows)
+    (found,) = _read(store)
+    assert (found.named, found.misnamed) == (3, 2)
 
 
 def test_a_minute_is_up_when_four_of_five_attempts_succeed(tmp_path: Path) -> None:

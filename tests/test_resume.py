@@ -20,7 +20,7 @@ import pytest
 from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
-from bidbeam.connectors.schemas import LOTS
+from bidbeam.connectors.schemas import TABLES
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
 from bidbeam.transforms import booking, finishing, shift, write_outputs
@@ -235,7 +235,7 @@ def test_a_raised_budget_answers_what_the_smaller_one_could_not(tmp_path: Path) 
     assert not files & {path.name for path in found.run_dir.rglob("*.parquet")}, (
         "the first start's files are still there"
     )
-    assert found.ledger["lots"].schema.names == LOTS.names
+    assert found.ledger["lots"].schema.names == TABLES["lots"].names
 
 
 def test_the_budget_counts_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ attempts = st.fixed_dictionaries(
         "n": st.integers(1, 4),
         "input_tokens": reported,
         "cached_tokens": reported,
+        "cache_write_tokens": reported,
         "output_tokens": reported,
         "usage_source": st.sampled_from([None, "reported", "recount", "estimate"]),
     }
@@ -131,6 +132,30 @@ def test_more_cached_than_input_is_not_believed() -> None:
     """Cached tokens are a subset of input tokens: a report of more is as good as none."""
     [row] = settled([{"input_tokens": 90, "cached_tokens": 91, "output_tokens": 10}])
     assert (row["cached_tokens"], row["q_uncached_input"]) == (None, 90)
+
+
+@pytest.mark.parametrize(
+    ("told", "kept", "charged"),
+    [
+        ({"cached_tokens": 60, "cache_write_tokens": 30}, 30, (10, 60, 30)),
+        ({"cached_tokens": 60, "cache_write_tokens": 41}, None, (40, 60, None)),
+        ({"cache_write_tokens": 100}, 100, (0, None, 100)),
+        ({"cached_tokens": 60}, None, (40, 60, None)),
+    ],
+)
+def test_tokens_written_to_a_cache_have_a_meter_of_their_own(
+    told: dict[str, Any], kept: int | None, charged: tuple[int | None, ...]
+) -> None:
+    """Where the schedule prices them they are charged by it and no second time; a report that cannot be is not
+    believed; a schedule without the price takes them for uncached input, and still records them."""
+    row = {"input_tokens": 100, "output_tokens": 1, **told}
+    prices: dict[Meter, Decimal] = {**TOKEN_PRICES, "cache_write": Decimal("1.25E-7")}
+    [apart] = settled([row], terms(prices))
+    assert apart["cache_write_tokens"] == kept
+    assert (apart["q_uncached_input"], apart["q_cached_input"], apart["q_cache_write"]) == charged
+    [together] = settled([row])
+    assert (together["cache_write_tokens"], together["q_cache_write"]) == (kept, None)
+    assert together["q_uncached_input"] + (together["q_cached_input"] or 0) == 100
 
 
 def test_without_a_cached_price_all_input_is_uncached() -> None:
@@ -233,8 +258,15 @@ def test_unknown_stays_null_and_cached_is_a_subset(
             assert row[name] == source[name] if believable else (row[name] is None) == (source["status"] != "ok")
         if "uncached_input" in prices:
             assert (row["q_uncached_input"] is None) == (row["input_tokens"] is None)
-        if "uncached_input" in prices and "cached_input" in prices and row["input_tokens"] is not None:
-            assert row["q_uncached_input"] + (row["q_cached_input"] or 0) == row["input_tokens"]
+        if row["cache_write_tokens"] is not None:
+            assert 0 <= row["cache_write_tokens"] <= row["input_tokens"] - (row["cached_tokens"] or 0)
+        if "uncached_input" in prices and row["input_tokens"] is not None:
+            apart = (row["q_cached_input"] or 0) + (row["q_cache_write"] or 0)
+            assert row["q_uncached_input"] + apart == row["input_tokens"]
+            assert row["q_uncached_input"] >= 0
+        for meter in ("cached_input", "cache_write"):
+            known = row["cached_tokens" if meter == "cached_input" else "cache_write_tokens"]
+            assert row[METER_COLUMNS[meter]] == (known if meter in prices else None)
         assert (row["usage_source"] is None) == (row["input_tokens"] is None and row["output_tokens"] is None)
         assert {m for m, column in METER_COLUMNS.items() if row[column] is not None} <= set(prices)
 

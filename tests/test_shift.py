@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from small_plans import Planned, make_context, make_plan, write_input
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import Interrupted, PoolDown
 from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
+from bidbeam.connectors.profiles import ErrorClass
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import breaker, heartbeat, shift, stopping
@@ -291,13 +292,18 @@ def test_a_failed_request_is_tried_again_and_goes_to_the_next_round_unless_it_wa
 ) -> None:
     """A request that the pool refused is final; any other failure is tried again in the round, as often as a round may,
     and then goes on, one attempt further. What answered is asked once."""
-    ends = {3: "caller", 5: "policy", 7: "server", 9: "bad_output", 11: "timeout", 13: "rate"}
+    ends = {
+        3: "caller", 5: "policy",
+        7: "server", 9: "bad_output", 11: "timeout", 13: "rate", 15: "capacity", 17: "auth_funds",
+    }  # fmt: skip
+    assert set(ends.values()) == set(get_args(ErrorClass))
+    again = [7, 9, 11, 13, 15, 17]
     near = Scripted(outcome=lambda tag: {"status": "failed", "error_class": ends[tag]} if tag in ends else {})
-    stage = Stage(tmp_path)
+    stage = Stage(tmp_path, rows=48)
     rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}), {"near": near})
-    assert tags(rows, status="failed") == sorted([3, 5, *(TRIES * [7, 9, 11, 13])])
-    assert Counter(near.tags) == Counter({tag: TRIES if tag in {7, 9, 11, 13} else 1 for tag in range(24)})
-    assert places(unserved) == [7, 9, 11, 13]
+    assert tags(rows, status="failed") == sorted([3, 5, *(TRIES * again)])
+    assert Counter(near.tags) == Counter({tag: TRIES if tag in again else 1 for tag in range(48)})
+    assert places(unserved) == again
     assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {TRIES + 1}
     assert sum((row["cost"] for row in rows.to_pylist() if row["status"] == "failed"), Decimal(0)) == 0
 
@@ -318,11 +324,12 @@ def test_a_pool_that_fails_more_than_it_answers_is_not_asked_again_in_the_round(
     assert unserved.num_rows == 0
 
 
-def test_lots_are_led_around_a_pool_whose_breaker_opens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error_class", sorted(breaker.COUNTED))
+def test_lots_are_led_around_a_pool_whose_breaker_opens(tmp_path: Path, error_class: str) -> None:
     """A pool that answers with errors alone gets no more than its breaker needs to see; its runner-up serves the rest,
     what failed included, and the beats say so once."""
     stage = Stage(tmp_path, rows=60)
-    near, far = Scripted(outcome=lambda tag: {"status": "failed", "error_class": "server"}), Scripted()
+    near, far = Scripted(outcome=lambda tag: {"status": "failed", "error_class": error_class}), Scripted()
     rows, unserved = stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})
     assert 5 <= len(near.tags) <= 5 + near.window
     assert sorted(far.tags) == list(range(60)) == tags(rows, status="ok")
@@ -359,9 +366,10 @@ def test_without_a_runner_up_a_failing_pool_is_probed_until_it_answers_or_counts
     assert heartbeat.so_far(stage.context.scratch, 2)["near"].down
 
 
-@pytest.mark.parametrize("error_class", ["caller", "policy", "rate"])
+@pytest.mark.parametrize("error_class", sorted({*get_args(ErrorClass)} - breaker.COUNTED))
 def test_what_is_not_the_pool_s_fault_opens_no_breaker(tmp_path: Path, error_class: str) -> None:
-    """Bad requests, forbidden ones and a pool that is merely asked too fast are all asked, in order."""
+    """Bad requests, forbidden ones and a pool that is merely asked too fast are all asked, in order. A key or funds
+    that are refused take the engine down instead, as it says itself."""
     stage = Stage(tmp_path, rows=60)
     near, far = Scripted(outcome=lambda tag: {"status": "failed", "error_class": error_class}), Scripted()
     stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})

@@ -25,9 +25,10 @@ from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_st
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
-from bidbeam.transforms.heartbeat import so_far
+from bidbeam.transforms.heartbeat import SoFar, so_far
 from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
+from bidbeam.transforms.region_check import undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift_task import Award, ShiftTask
@@ -158,11 +159,18 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     )
     budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
     wanted = set(lots.column("model").to_pylist())
-    pools, held = _afford_engines(context, round_, pool_states(context, now), wanted, budget)
+    before = so_far(context.scratch, round_) if round_ > 1 else {}
+    states = pool_states(context, now)
+    # Who answered from elsewhere declares nothing any more: what restricts where it goes does not go there again.
+    states = [
+        replace(each, spec=undeclared(each.spec)) if before.get(each.spec.name, SoFar()).strayed else each
+        for each in states
+    ]
+    pools, held = _afford_engines(context, round_, states, wanted, budget)
     bids = prefer_untried(
         make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
         lots.column("failed_on").to_pylist(),
-        {name for name, pool in so_far(context.scratch, round_).items() if pool.down} if round_ > 1 else (),
+        {name for name, pool in before.items() if pool.down},
     )
     bids, cleared = _cleared(bids, budget, held, context.payment)
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]

@@ -230,7 +230,7 @@ def _risk_ppm(lots: LotColumns, pool: PoolState) -> Ints:
 
 
 def _audit_ppm(lots: LotColumns, pool: PoolState) -> Ints:
-    return _ppm_by_lot(lots, pool, 0, lambda known: min(AUDITS_PER_EXCESS * (known.excess or 0.0), 1.0))
+    return _ppm_by_lot(lots, pool, 0, lambda known: min(AUDITS_PER_EXCESS * known.doubt, 1.0))
 
 
 def _lateness_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: datetime | None, seconds: Floats) -> Ints:

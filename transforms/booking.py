@@ -77,13 +77,14 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
         counted = charges.column("baseline_cost")
         baseline, unknown = sum_decimal(counted), served_rows(rows) - (len(counted) - counted.null_count)
     cost = sum_decimal(rows.column("cost"))
-    # Adding to nothing merges the counts of one pool.
+    # Adding to nothing merges the counts of one pool, and names only the most common of other models.
     return Published() + Published(
         parts=parts,
         cost=cost,
         baseline_cost=baseline,
         pools=tuple(pool_counts(rows)),
         baseline_unknown=unknown,
+        other_models=other_models(rows),
     )
 
 
@@ -105,6 +106,7 @@ def pool_counts(rows: pa.Table) -> list[PoolCount]:
             "pool": rows.column("pool").cast(pa.string()),
             "served": pc.and_(serving(rows), pc.is_valid(rows.column("tag"))).cast(pa.int64()),
             **{name: rows.column(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "cost")},
+            "other_model": rows.column("other_model").cast(pa.int64()),
         }
     )
     sums = plain.group_by("pool").aggregate([(name, "sum") for name in plain.column_names[1:]]).to_pylist()
@@ -116,9 +118,18 @@ def pool_counts(rows: pa.Table) -> list[PoolCount]:
             row["cached_tokens_sum"] or 0,
             row["output_tokens_sum"] or 0,
             row["cost_sum"] or Decimal(0),
+            row["other_model_sum"] or 0,
         )
         for row in sums
     ]
+
+
+def other_models(rows: pa.Table) -> dict[str, int]:
+    """How many SEGMENT rows plainly name another model than was asked for, by that name."""
+    if not pc.any(rows.column("other_model")).as_py():
+        return {}
+    names = rows.filter(rows.column("other_model")).column("model_returned").cast(pa.string())
+    return {each["values"]: each["counts"] for each in pc.value_counts(names).to_pylist()}
 
 
 def price_rows(terms: Mapping[str, Terms]) -> pa.Table:

@@ -122,7 +122,7 @@ def _charges(
     constants = {
         "run_id": run_id, "run_date": run_date, "pool": terms.pool, "currency": terms.price.currency,
         "fx_rate": terms.fx_rate, "fx_source": terms.fx_source, "fx_at": terms.fx_at,
-        "price_id": terms.price.price_id, "tags": tags,
+        "price_id": terms.price.price_id, "tags": tags, "baseline": None if baseline is None else baseline.name,
     }  # fmt: skip
     filled = {name: constant(value, CHARGES.field(name).type, rows.num_rows) for name, value in constants.items()}
     saved_against = None if baseline is None else _baseline_costs(rows, baseline)

@@ -13,7 +13,8 @@ import pyarrow as pa
 from bidbeam.connectors.errors import AlreadyExists
 from bidbeam.connectors.ledger_manifest import PartFile
 from bidbeam.connectors.ledger_writer import write_part
-from bidbeam.transforms.run_context import RunContext
+from bidbeam.connectors.schemas import START
+from bidbeam.transforms.run_context import RunContext, start_of
 from bidbeam.transforms.shift_task import ShiftTask
 
 
@@ -64,8 +65,10 @@ def market_parts(context: RunContext) -> list[PartFile]:
     names = [e.name for e in context.journal.list() if "/market/round-" in e.name and e.name.endswith(".pickle")]
     for name in names:
         decision: Any = pickle.loads(context.journal.read(name))  # noqa: S301 # written by our own workers
-        start = name.split("/", 1)[0].removeprefix("start-")
+        start = start_of(name)
         for table, rows in decision.tables.items():
-            part = f"s{start}-k{decision.round:02d}"
-            parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, rows))
+            part = f"s{start:03d}-k{decision.round:02d}"
+            starts = pa.chunked_array([pa.repeat(pa.scalar(start, START.type), rows.num_rows)])
+            told = rows.append_column(START, starts)
+            parts.append(write_part(context.ledger, table, context.run_date, context.run_id, part, told))
     return parts

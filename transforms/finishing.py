@@ -82,6 +82,8 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
         "cost": f"{total.cost:f}",
         "baseline_cost": None if total.baseline_cost is None else f"{total.baseline_cost:f}",
         "baseline_unknown": total.baseline_unknown,
+        "truncated": total.truncated,
+        "other_models": dict(total.other_models),
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
         "input": record.fingerprint,
         "version": record.version,
@@ -109,6 +111,7 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
         baseline_cost=None if baseline is None else Decimal(baseline),
         pools=tuple(PoolCount(**{**pool, "cost": Decimal(pool["cost"])}) for pool in before["pools"]),
         baseline_unknown=before.get("baseline_unknown", 0),
+        other_models=before.get("other_models", {}),
     )
 
 
@@ -198,6 +201,7 @@ def _baselines(context: RunContext) -> list[PartFile]:
             "valid_from": each.valid_from,
             "source": each.source,
             "model": each.model,
+            "start": context.start,
         }
         for baseline in (context.baseline, *context.other_baselines)
         for each in (baseline, *baseline.also)
@@ -205,7 +209,9 @@ def _baselines(context: RunContext) -> list[PartFile]:
         if unit_price is not None
     ]
     table = pa.Table.from_pylist(rows, schema=BASELINES)
-    return [write_part(context.ledger, "baselines", context.run_date, context.run_id, f"s{context.start:03d}", table)]
+    # Named as parts are that later starts keep: what this one booked was counted by it.
+    part = f"s{context.start:03d}-list"
+    return [write_part(context.ledger, "baselines", context.run_date, context.run_id, part, table)]
 
 
 def _meters(baseline: Baseline) -> dict[str, Decimal | None]:

@@ -20,6 +20,7 @@ from bidbeam.transforms.compaction import is_kept, kept_answers, read_kept
 from bidbeam.transforms.journal import list_segments, read_segment
 from bidbeam.transforms.merging import RangeRef, piece_starts, read_range
 from bidbeam.transforms.order import live_places, read_order, split_group
+from bidbeam.transforms.region_check import from_elsewhere
 from bidbeam.transforms.run_context import RunContext, start_of
 from bidbeam.transforms.spilling import SpillRef, layout_of
 
@@ -154,6 +155,9 @@ def settled_places(context: RunContext, range_: int, places: int) -> npt.NDArray
         status = rows.column("status").cast(pa.string())
         errors = rows.column("error_class").cast(pa.string())
         final = pa.array([*FINAL_ALWAYS, *(FINAL_ONCE_ENDED if ended else ())])
-        over = pc.or_(pc.equal(status, "ok"), pc.fill_null(pc.is_in(errors, value_set=final), False))
+        failed = pc.and_not(
+            pc.fill_null(pc.is_in(errors, value_set=final), False), from_elsewhere(rows.column("error_message"))
+        )
+        over = pc.or_(pc.equal(status, "ok"), failed)
         settled[at[over.to_numpy()]] = True
     return settled

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -167,7 +167,23 @@ def _terms_of(reader: pa.ipc.RecordBatchFileReader) -> dict[str, Terms]:
 def read_segment(store: Store, name: str) -> tuple[pa.Table, dict[str, Terms]]:
     """All rows of a segment (SEGMENT) and its terms by price id."""
     reader, terms = open_segment(store, name)
-    return reader.read_all().replace_schema_metadata(None), terms
+    return pa.Table.from_batches([_whole(batch) for batch in _batches(reader)], schema=SEGMENT), terms
+
+
+def _batches(reader: pa.ipc.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
+    return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _whole(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Rows of a segment as SEGMENT; NULL in columns that were added since it was written."""
+    batch = batch.replace_schema_metadata(None)
+    if batch.schema.equals(SEGMENT):
+        return batch
+    columns = [
+        batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
+        for field in SEGMENT
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SEGMENT)
 
 
 def read_rows(store: Store, segments: Iterable[SegmentRef], range_: int) -> tuple[pa.Table, dict[str, Terms]]:
@@ -180,7 +196,7 @@ def read_rows(store: Store, segments: Iterable[SegmentRef], range_: int) -> tupl
             with store.open_input(segment.name) as source:
                 reader = pa.ipc.open_file(source)
                 terms |= _terms_of(reader)
-                batches += (reader.get_batch(i).replace_schema_metadata(None) for i in wanted)
+                batches += (_whole(reader.get_batch(i)) for i in wanted)
     return pa.Table.from_batches(batches, schema=SEGMENT).unify_dictionaries(), terms
 
 

@@ -23,6 +23,7 @@ from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
 from bidbeam.transforms.output_checks import check_answers
+from bidbeam.transforms.region_check import check_regions
 from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
 
 NOT_SENT = "not sent"
@@ -66,6 +67,8 @@ class Lane:
     """Whether answers are held against what was asked; a rehearsal's are made up."""
     recount: Callable[[pa.RecordBatch], pa.Array] | None = None
     """Our own count of the answers' tokens (int64), where the model's tokenizer is known and the pool is not ours."""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """What the pool declares, which its answers are held to."""
     reserved_ms: int | None = None
     """The most milliseconds that this round may use of the accelerator; None: no bound."""
     queue: deque[Lot] = field(default_factory=deque)
@@ -78,6 +81,8 @@ class Lane:
     out: str | None = None
     """Why it counts as down although its engine lives; what is in flight still comes back."""
     breaker: Breaker = field(default_factory=Breaker)
+    strayed: bool = False
+    """Whether an answer came from where the pool does not declare to be: it gets no more in this round."""
     heeded: int = 0
     """How many openings of the breaker its lots were led around."""
     notes: list[str] = field(default_factory=list)
@@ -235,6 +240,9 @@ class Lane:
                 self.breaker.probed(None)
             batch = batch.filter(pc.invert(unsent))
         if batch.num_rows:
+            batch, astray = check_regions(batch, self.labels)
+            if astray is not None and not self.strayed:
+                self.strayed, self.out = True, self.out or astray
             if self.checks:
                 self.latencies.add(batch)
             self._weigh(batch)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from bidbeam.transforms.lane import Lane, Lot, Tags
 from bidbeam.transforms.lots import LOT, part_of_lot
 from bidbeam.transforms.order import read_order
+from bidbeam.transforms.region_check import from_elsewhere
 from bidbeam.transforms.retrying import Retries
 from bidbeam.transforms.run_context import RunContext
 
@@ -73,10 +74,11 @@ class Leftovers:
         numbers = rows.column("attempt_no").to_pylist()
         paid = pc.greater(rows.column("cost"), 0).to_pylist()
         gone = pc.equal(rows.column("status").cast(pa.string()), "lost").to_pylist()
-        for tag, lot_id, number, error, pool, charged, lost in zip(
-            tags, lots, numbers, classes, pools, paid, gone, strict=True
+        astray = from_elsewhere(rows.column("error_message")).to_pylist()
+        for tag, lot_id, number, error, pool, charged, lost, elsewhere in zip(
+            tags, lots, numbers, classes, pools, paid, gone, astray, strict=True
         ):
-            if error in NO_SECOND_TRY:
+            if error in NO_SECOND_TRY and not elsewhere:
                 continue
             # What we cancelled ourselves is no fault of the pool's.
             ours = error is None and pool in stopped

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.json_schemas import Checker, schema_of
 
 EMPTY = "the answer is empty"
+NOTHING_YET = "the answer is empty: it was cut off at max_tokens before its first word"
 CUT_OFF = "the answer was cut off at max_tokens before its JSON was complete"
 NO_JSON = "the answer is not JSON"
 NO_OBJECT = "the answer is not a JSON object"
@@ -29,10 +30,15 @@ def check_answers(sampling: pa.Array, results: pa.RecordBatch) -> pa.RecordBatch
     ``sampling`` stands row by row beside them: the canonical JSON text of each request.
     """
     ok = pc.equal(results.column("status"), "ok")
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(results.column("output"), ""))), 0)
-    problems: dict[int, str] = dict.fromkeys(
-        np.flatnonzero(pc.and_(ok, blank).to_numpy(zero_copy_only=False)).tolist(), EMPTY
-    )
+    blank = _blank(pc.fill_null(results.column("output"), ""))
+    samples = results.column("samples")
+    if samples.null_count < len(samples):
+        bare = pc.list_parent_indices(samples).filter(_blank(pc.fill_null(samples.flatten(), "")))
+        blank = pc.or_(blank, pa.array(np.isin(np.arange(len(samples)), bare.to_numpy())))
+    problems: dict[int, str] = {
+        row: NOTHING_YET if results.column("finish_reason")[row].as_py() == "length" else EMPTY
+        for row in np.flatnonzero(pc.and_(ok, blank).to_numpy(zero_copy_only=False)).tolist()
+    }
     coded = sampling if isinstance(sampling, pa.DictionaryArray) else sampling.dictionary_encode()
     checks = [None if text is None else _check_of(text) for text in coded.dictionary.to_pylist()]
     if any(checks):
@@ -43,6 +49,10 @@ def check_answers(sampling: pa.Array, results: pa.RecordBatch) -> pa.RecordBatch
             if row not in problems and check is not None and (found := _first(check, results, row)) is not None:
                 problems[row] = found
     return _failed(results, problems) if problems else results
+
+
+def _blank(texts: pa.Array) -> pa.Array:
+    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
 
 
 def _first(check: Callable[[str], str | None], results: pa.RecordBatch, row: int) -> str | None:
@@ -79,11 +89,15 @@ def _check_of(sampling: str) -> Callable[[str], str | None] | None:
 def _failed(results: pa.RecordBatch, problems: dict[int, str]) -> pa.RecordBatch:
     bad = np.zeros(results.num_rows, bool)
     bad[list(problems)] = True
-    mask = pa.array(bad)
     messages = pa.array([problems.get(row) for row in range(results.num_rows)], pa.string())
+    return turned_down(results, pa.array(bad), "bad_output", messages)
+
+
+def turned_down(results: pa.RecordBatch, mask: pa.Array, error_class: str, messages: pa.Array) -> pa.RecordBatch:
+    """``results`` with the rows of ``mask`` (bool[n]) failed for these reasons (text[n]); their usage stays."""
     replaced = {
         "status": pc.if_else(mask, "failed", results.column("status")),
-        "error_class": pc.if_else(mask, "bad_output", results.column("error_class")),
+        "error_class": pc.if_else(mask, error_class, results.column("error_class")),
         "error_message": pc.if_else(mask, messages, results.column("error_message")),
         **{
             name: pc.if_else(mask, pa.scalar(None, results.schema.field(name).type), results.column(name))

@@ -281,6 +281,16 @@ def _read_row(row: Mapping[str, Any] | str | None) -> Mapping[str, Any] | None:
     return value
 
 
+def broken_label(labels: Mapping[str, Any], country: str) -> str | None:
+    """What the labels declare of where prompts are processed, where that leaves ``country`` out; None where it does
+    not, or nothing is declared."""
+    for name in ("jurisdiction", "data_zone"):
+        countries = _countries(labels.get(name))
+        if countries is not None and country not in countries:
+            return str(labels[name])
+    return None
+
+
 def eligible(constraint: Mapping[str, Any] | None, labels: Mapping[str, Any]) -> tuple[bool, str | None]:
     """Whether a pool with these labels may serve, and if not, which label says no.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -29,6 +30,12 @@ class PoolCount:
     cached_tokens: int
     output_tokens: int
     cost: Decimal
+    other_model: int = 0
+    """Answers that plainly name another model than was asked for."""
+
+
+_MOST_NAMES = 8
+OTHER_NAMES = "other names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,10 @@ class Published:
     pools: tuple[PoolCount, ...] = ()
     baseline_unknown: int = 0
     """Served requests of which the baseline's cost is not known; while there is one, nor is that of the run."""
+    truncated: int = 0
+    """Served requests whose answer was cut off at ``max_tokens``."""
+    other_models: Mapping[str, int] = field(default_factory=dict)
+    """Answers that plainly name another model than was asked for, by the names they give; the rarest together."""
 
     def __add__(self, other: Published) -> Published:
         dead = {r: self.dead.get(r, 0) + other.dead.get(r, 0) for r in sorted({*self.dead, *other.dead})}
@@ -65,11 +76,22 @@ class Published:
             _add(self.baseline_cost, other.baseline_cost),
             _merge_pools((*self.pools, *other.pools)),
             self.baseline_unknown + other.baseline_unknown,
+            self.truncated + other.truncated,
+            _most_common(self.other_models, other.other_models),
         )
 
 
 def _add(one: Decimal | None, other: Decimal | None) -> Decimal | None:
     return other if one is None else one if other is None else one + other
+
+
+def _most_common(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """The sum of both, as far as names go that anybody reads: an endpoint may give a new one with every answer."""
+    counts = Counter(one) + Counter(other)
+    rest = counts.pop(OTHER_NAMES, 0)
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    rest += sum(count for _, count in ranked[_MOST_NAMES:])
+    return dict(ranked[:_MOST_NAMES]) | ({OTHER_NAMES: rest} if rest else {})
 
 
 def _merge_pools(counts: Iterable[PoolCount]) -> tuple[PoolCount, ...]:
@@ -86,6 +108,7 @@ def _merge_pools(counts: Iterable[PoolCount]) -> tuple[PoolCount, ...]:
                 before.cached_tokens + count.cached_tokens,
                 before.output_tokens + count.output_tokens,
                 before.cost + count.cost,
+                before.other_model + count.other_model,
             )
         )
     return tuple(merged[name] for name in sorted(merged))

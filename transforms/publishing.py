@@ -87,6 +87,7 @@ def publish_range(
         input_tokens=_total(found, "input_tokens", book.leads[served]),
         cached_tokens=_total(found, "cached_tokens", book.leads[served]),
         output_tokens=_total(found, "output_tokens", book.leads[served]),
+        truncated=_truncated(found),
     )
     outputs: tuple[OutputFile, ...] = ()
     letters: tuple[OutputFile, ...] = ()
@@ -341,6 +342,13 @@ def _total(found: pa.Table, name: str, leads: npt.NDArray[np.bool_]) -> int:
     if not leads.all():
         column = column.filter(pa.array(leads))
     return int(pc.sum(column).as_py() or 0)
+
+
+def _truncated(found: pa.Table) -> int:
+    """How many of the answers were cut off at max_tokens."""
+    reasons = found.column("finish_reason").combine_chunks()
+    cut = reasons.dictionary.index("length").as_py()
+    return 0 if cut < 0 else int(pc.sum(pc.equal(reasons.indices, cut)).as_py() or 0)
 
 
 def _write(context: RunContext, path: str, table: pa.Table) -> OutputFile:

@@ -80,9 +80,16 @@ class Reputation:
     """Share of the requests that failed here which it answered itself in the end; the others went to the runner-up."""
     excess: float | None = None
     """How much more it reports or bills than we count, beyond what is tolerated, as a share; None: never compared."""
+    misnamed: float | None = None
+    """Share of its answers that plainly name another model than was asked for; None: never compared."""
     overhead_s: float | None = None
     """Seconds of loading and idling that a run pays an engine for; None where the pool is not paid by time."""
     newcomer: bool = False
+
+    @property
+    def doubt(self) -> float:
+        """How far what it says of its answers is to be doubted, as a share: by the worse of the two above."""
+        return max(self.excess or 0.0, self.misnamed or 0.0)
 
     @property
     def failure_rate(self) -> float:
@@ -156,6 +163,7 @@ def _of_pool(spec: PoolSpec, of_model: Weighed) -> Reputation:
         failed_cost=failed_cost / served_cost if failed and served and failed_cost and served_cost else 0.0,
         retried_here=_ratio(mine, lambda d: d.retried_here, lambda d: d.retried) or 0.0,
         excess=_excess(mine),
+        misnamed=_ratio(mine, lambda d: d.misnamed, lambda d: d.named),
         overhead_s=_overhead(spec, both or mine),
     )
 

@@ -7,7 +7,8 @@ never scored higher. The rule's parameters are published with every auction, in 
 
 risk         P(fail) x (the bill once more + what a failed attempt is charged), P from the ledger's posterior
 lateness     P(late) x LATENESS_WORTH x the bill; P from the spread of the finish time before the deadline
-audit        AUDITS_PER_EXCESS x what a pool reports beyond our recount, as a share of answers bought twice to check
+audit        AUDITS_PER_EXCESS x what a pool reports beyond our recount, or its answers that name another model, as a
+             share of answers bought twice to check
 demand       an engine of ours that bids by supply and demand asks for more, or less, than it will charge
 exploration  a newcomer's bid on every EXPLORE_EVERY-th lot is scored EXPLORE_DISCOUNT lower
 """

@@ -62,6 +62,8 @@ class _Usage:
     input_known: Bools
     cached: Int64s
     cached_known: Bools
+    written: Int64s
+    written_known: Bools
     output: Int64s
     output_known: Bools
     source: Int64s
@@ -99,15 +101,17 @@ def settle(
         name: results.column(name)
         for name in (
             "started_at", "finished_at", "status", "error_class", "error_message", "http_status", "output", "samples",
-            "finish_reason", "provider_request_id", "provider_cost", "endpoint_host",
+            "finish_reason", "model_returned", "other_model", "provider_request_id", "provider_cost", "endpoint_host",
         )
     }  # fmt: skip
     columns |= {
         "input_tokens": pa.array(usage.input, mask=~usage.input_known),
         "cached_tokens": pa.array(usage.cached, mask=~usage.cached_known),
+        "cache_write_tokens": pa.array(usage.written, mask=~usage.written_known),
         "output_tokens": pa.array(usage.output, mask=~usage.output_known),
         "recount_input_tokens": pa.array(ours, mask=~exact),
         "recount_output_tokens": pa.nulls(rows) if recount_output_tokens is None else recount_output_tokens,
+        "jurisdiction": _places(results.column("jurisdiction"), terms),
         "usage_source": pa.DictionaryArray.from_arrays(
             pa.array(usage.source.astype(np.int32), mask=usage.source < 0), pa.array(USAGE_SOURCES)
         ),
@@ -215,6 +219,7 @@ def _usage(
     input_, input_reported = _tokens(results.column("input_tokens"))
     output, output_reported = _tokens(results.column("output_tokens"))
     cached, cached_reported = _tokens(results.column("cached_tokens"))
+    written, written_reported = _tokens(results.column("cache_write_tokens"))
     recount, recounted = (
         (np.zeros(rows, np.int64), np.zeros(rows, np.bool_)) if recount_output is None else _tokens(recount_output)
     )
@@ -223,6 +228,9 @@ def _usage(
     input_known, output_known = input_reported | answered, output_reported | answered
     # Cached tokens are a subset of input tokens: a report that says otherwise is not believed.
     cached_known = cached_reported & input_known & (cached <= input_)
+    cached = np.where(cached_known, cached, 0)
+    # So are those written to a cache, and no token is both.
+    written_known = written_reported & input_known & (written <= input_ - cached)
 
     engine_source = pc.index_in(results.column("usage_source"), pa.array(USAGE_SOURCES)).fill_null(_REPORTED)
     claimed = engine_source.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -231,8 +239,9 @@ def _usage(
     filled_input, filled_output = answered & ~input_reported, answered & ~output_reported
     source = np.maximum(source, np.where(filled_input, np.where(exact, _RECOUNT, _ESTIMATE), -1))
     source = np.maximum(source, np.where(filled_output, np.where(recounted, _RECOUNT, _ESTIMATE), -1))
+    written = np.where(written_known, written, 0)
     return _Usage(
-        input_, input_known, np.where(cached_known, cached, 0), cached_known, output, output_known, source
+        input_, input_known, cached, cached_known, written, written_known, output, output_known, source
     )  # fmt: skip
 
 
@@ -241,21 +250,28 @@ def _worst_usage(requests: pa.RecordBatch) -> _Usage:
     rows = requests.num_rows
     input_ = _tokens(requests.column("input_tokens"))[0]
     output = _tokens(requests.column("max_tokens"))[0] * _tokens(requests.column("n"))[0]
-    known, unknown = np.ones(rows, np.bool_), np.zeros(rows, np.bool_)
-    return _Usage(input_, known, np.zeros(rows, np.int64), unknown, output, known, np.full(rows, _ESTIMATE, np.int64))
+    known, unknown, none = np.ones(rows, np.bool_), np.zeros(rows, np.bool_), np.zeros(rows, np.int64)
+    source = np.full(rows, _ESTIMATE, np.int64)
+    return _Usage(input_, known, none, unknown, none, unknown, output, known, source)
 
 
 def _token_quantities(price: PriceSchedule, usage: _Usage, answered: Bools) -> dict[Meter, pa.Array]:
-    """What is charged by token and by request, on the meters that the schedule has; NULL where unknown."""
+    """What is charged by token and by request, on the meters that the schedule has; NULL where unknown.
+
+    What a cache hit and what was written to one is uncached input where the schedule has no price of its own for it.
+    """
     prices = price.unit_prices
-    cached_apart = "cached_input" in prices
+    cached_apart, written_apart = "cached_input" in prices, "cache_write" in prices
     known = usage.input_known | usage.output_known
     quantities: dict[Meter, pa.Array] = {}
     if "uncached_input" in prices:
         uncached = usage.input - usage.cached if cached_apart else usage.input
+        uncached = uncached - usage.written if written_apart else uncached
         quantities["uncached_input"] = quantity_from_units(uncached, usage.input_known)
     if cached_apart:
         quantities["cached_input"] = quantity_from_units(usage.cached, usage.cached_known)
+    if written_apart:
+        quantities["cache_write"] = quantity_from_units(usage.written, usage.written_known)
     if "output" in prices:
         quantities["output"] = quantity_from_units(usage.output, usage.output_known)
     if "request" in prices:
@@ -282,6 +298,13 @@ def _costs(quantities: Mapping[Meter, pa.Array], terms: Terms) -> list[pa.Array]
     """USD per row and meter, each rounded by itself as its charge will be, so that charges sum to the row's cost."""
     prices = terms.price.unit_prices
     return [to_usd(cost(quantity, prices[meter]), terms.fx_rate) for meter, quantity in quantities.items()]
+
+
+def _places(told: pa.Array, terms: Terms) -> pa.Array | str | None:
+    """Where each row was processed: where its answer says, else where the pool declares."""
+    if told.null_count == len(told) or terms.jurisdiction is None:
+        return told if told.null_count < len(told) else terms.jurisdiction
+    return pc.fill_null(told, terms.jurisdiction)
 
 
 def _identity(requests: pa.RecordBatch) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from bidbeam.transforms.leftovers import Leftovers
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.purse import Purse
 from bidbeam.transforms.recount import recount_results
+from bidbeam.transforms.region_check import undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift_task import ShiftTask
@@ -101,6 +102,7 @@ class Shift:
         self._hedges = Hedges()
         self._purse = Purse(context, task.reserved, self._lanes.values)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
+        self._specs |= {pool: undeclared(self._specs[pool]) for pool, each in self._before.items() if each.strayed}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
@@ -121,6 +123,8 @@ class Shift:
                     lane.fill()
                 for key, lane in list(self._lanes.items()):
                     lane.poll()
+                    if lane.strayed:
+                        self._specs[lane.pool] = undeclared(self._specs[lane.pool])
                     if lane.restartable:
                         self._restart(key, lane)
                     self._heed(lane)
@@ -233,6 +237,7 @@ class Shift:
                 retire=slot.retire,
                 checks=not self._context.rehearse,
                 recount=self._recount(pool, model),
+                labels=self._specs[pool].placement,
                 reserved_ms=reserved_ms,
             )
         return self._lanes[key]

@@ -108,7 +108,7 @@ class Manifest:
                 int(document["sequence"]),
                 parts,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(f"{where} is not a ledger manifest ({error}); move it away to read the rest") from error
         if not all(_inside(part.path) for part in parts):
             raise StoreError(f"{where} lists a file outside the ledger; move it away to read the rest")

@@ -159,7 +159,34 @@ def read_answer(
     """What an answer amounts to: ``ok`` only with ``n`` well-formed samples; usage is kept whenever it is reported,
     for a bad answer is charged too. ``headers`` has lower-case names. Never raises.
     """
-    document = read_json(body)
+    return read_document(
+        profile,
+        http_status,
+        headers,
+        read_json(body),
+        len(body),
+        chat=chat,
+        n=n,
+        prompt_text=prompt_text,
+        secrets=secrets,
+        now=now,
+    )
+
+
+def read_document(
+    profile: Profile,
+    http_status: int,
+    headers: Mapping[str, str],
+    document: object,
+    size_bytes: int,
+    *,
+    chat: bool,
+    n: int,
+    prompt_text: str,
+    secrets: Sequence[str],
+    now: Callable[[], datetime],
+) -> Outcome:
+    """The same of an answer that is read already, by ``read_json``."""
     if isinstance(document, list) and len(document) == 1 and isinstance(document[0], dict):
         document = document[0]  # as Google sends errors
     base = Outcome(
@@ -192,17 +219,23 @@ def read_answer(
         return failed(classed(status), theirs(status, error))
     if document is GARBAGE:
         kind = provider_message(headers.get("content-type", "").partition(";")[0], prompt_text, secrets)
-        return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {len(body)} bytes)")
+        return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {size_bytes} bytes)")
     if error is not None:
         inner = status_of(error)
         if inner is None:
             return failed(by_rules(profile, None, document, headers, False) or "bad_output", theirs(http_status, error))
         return failed(classed(inner), theirs(inner, error))
-    return _read_choices(document, base, failed, chat=chat, n=n)
+    return _read_choices(document, base, failed, chat=chat, n=n, secrets=secrets)
 
 
 def _read_choices(
-    document: object, base: Outcome, failed: Callable[[ErrorClass, str], Outcome], *, chat: bool, n: int
+    document: object,
+    base: Outcome,
+    failed: Callable[[ErrorClass, str], Outcome],
+    *,
+    chat: bool,
+    n: int,
+    secrets: Sequence[str],
 ) -> Outcome:
     choices = pointer(document, "/choices")
     if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
@@ -220,12 +253,14 @@ def _read_choices(
             return failed("bad_output", "a choice of the answer holds no text")
         texts.append(whole_text(text))
     reason = ordered[0].get("finish_reason")
+    # A word, and none that could be a key.
+    told = isinstance(reason, str) and _WORD.fullmatch(reason) and mask(reason, secrets) == reason
     return replace(
         base,
         status="ok",
         output=texts[0],
         samples=texts if n > 1 else None,
-        finish_reason=reason if isinstance(reason, str) and _WORD.fullmatch(reason) else None,
+        finish_reason=reason if told else None,
     )
 
 

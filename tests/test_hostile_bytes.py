@@ -326,8 +326,12 @@ def test_a_manifest_lists_nothing_outside_its_ledger(path: str) -> None:
     document = {"run_id": "a", "run_date": "2026-01-02", "status": "complete", "sequence": 0, "parts": [part]}
     with pytest.raises(StoreError, match="outside the ledger"):
         Manifest.from_json(json.dumps(document).encode(), "m")
-    with pytest.raises(StoreError, match="not a ledger manifest"):
-        Manifest.from_json(b"[" * 100_000, "m")
+    for wrong in (b"[" * 100_000, json.dumps(document | {"parts": ["x"]}).encode(),
+                  json.dumps(document | {"sequence": float("inf")}).encode()):  # fmt: skip
+        with pytest.raises(StoreError, match="not a ledger manifest"):
+            Manifest.from_json(wrong, "m")
+    with pytest.raises(StoreError, match="outside the ledger"):
+        Manifest.from_json(json.dumps(document | {"parts": [part | {"path": 1}]}).encode(), "m")
 
 
 def test_a_terminal_is_told_nothing_to_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

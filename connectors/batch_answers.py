@@ -18,6 +18,8 @@ from bidbeam.connectors.profiles import Profile
 
 UNSENT = Outcome("cancelled", error_message="not sent")
 """Never run at the provider, and nothing owed: it was no attempt."""
+_MOST_STRANGE = 10_000
+"""Lines that answer no row, beside as many as there are rows, after which a file is not worth reading any further."""
 UNKNOWN = Outcome("cancelled", error_message="the batch was lost sight of")
 """It may have been served: nothing is known of it."""
 
@@ -48,12 +50,14 @@ def read_answers(
                 line = read_line(raw, profile, chat=batch.intent.chat, find=find, secrets=secrets, now=now, echo=echo)
             if line is None or seen[row_of[line.custom_id]]:
                 strange += 1
+                if strange > len(names) + _MOST_STRANGE:
+                    break
                 continue
             seen[row_of[line.custom_id]] = True
             yield row_of[line.custom_id], UNSENT if line.not_run and batch.cancelling else line.outcome
     missing = np.flatnonzero(~seen).tolist()
     if look.state == "failed" and not seen.any():
-        yield from _refused(look, missing, profile)
+        yield from _refused(look, missing, profile, secrets)
         return
     rest = _rest(batch, look, strange)
     yield from ((row, rest) for row in missing)
@@ -70,16 +74,19 @@ def _rest(batch: Batch, look: Look, strange: int) -> Outcome:
     return failure("bad_output", "the batch ended without a line for this request")
 
 
-def _refused(look: Look, rows: Sequence[int], profile: Profile) -> Iterator[tuple[int, Outcome]]:
+def _refused(
+    look: Look, rows: Sequence[int], profile: Profile, secrets: Sequence[str]
+) -> Iterator[tuple[int, Outcome]]:
     """Rows of a file that the provider would not run: nothing of it was run. Lines that it names are at fault."""
     first = look.errors[0] if look.errors else {}
-    code, message = str(first.get("code") or ""), str(first.get("message") or "")
-    why = failure(overall_class(profile, code, message), f"the provider refused the batch: {overall_message(first)}")
+    code, message = (text if isinstance(text := first.get(name), str) else "" for name in ("code", "message"))
+    said = overall_message(first, secrets)
+    why = failure(overall_class(profile, code, message), f"the provider refused the batch: {said}")
     named = {each["line"] - 1: each for each in look.errors if type(each.get("line")) is int}
     faulty = named if len(named) < len(rows) else {}
     for row in rows:
         if row in faulty:
-            yield row, failure("caller", f"the provider refused the request: {overall_message(faulty[row])}")
+            yield row, failure("caller", f"the provider refused the request: {overall_message(faulty[row], secrets)}")
         elif faulty:
             yield row, failure("server", "the batch was refused for other requests in it")
         else:

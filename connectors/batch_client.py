@@ -37,6 +37,9 @@ META_RUN, META_INTENT = "bidbeam_run", "bidbeam_intent"
 MAX_DOCUMENT_BYTES = 4 * 2**20
 MAX_FILE_BYTES = 4 * 2**30
 """The most of one answer file that is taken: 50,000 answers of 80 kB."""
+LONGEST_FILE_S = 6 * 3600.0
+LONGEST_WAIT_S = 600.0
+"""At most so much of the time that an endpoint asks to wait is heeded."""
 _ID = re.compile(r"[A-Za-z0-9_.:=-]{1,256}")
 _CHUNK = 1 << 20
 _PAGES = 50
@@ -115,8 +118,8 @@ class Wire:
         self.run_id = run_id
         self._session, self._profile, self._address = session, where.profile, address.rstrip("/")
         self._timeout_s, self._credentials, self._now = timeout_s, credentials, now
-        # A large file may take as long as it takes, while anything moves at all.
-        self.long = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        # A large file may take long while anything moves at all, but not for ever.
+        self.long = aiohttp.ClientTimeout(total=LONGEST_FILE_S, sock_connect=timeout_s, sock_read=timeout_s)
 
     async def call(self, method: str, path: str, **options: Any) -> object:
         changes = method == "POST"
@@ -149,13 +152,16 @@ class Wire:
         status, headers = response.status, {name.lower(): value for name, value in response.headers.items()}
         error = pointer(document, "/error")
         # Of an uploaded file the endpoint may quote a row.
-        said = overall_message(error) if quiet else provider_message(error, "", self._credentials.secrets)
+        secrets = self._credentials.secrets
+        said = overall_message(error, secrets) if quiet else provider_message(error, "", secrets)
+        reason = provider_message(response.reason, "", secrets)
+        wait_s = retry_after_s(self._profile, headers, self._now)
         return BatchCallError(
-            f"{status}: {said or response.reason or 'no reason given'}"[:200],
+            f"{status}: {said or reason or 'no reason given'}"[:200],
             classify(self._profile, status, document),
             sure=not changes or status < 500,
             missing=status == 404,
-            after_s=retry_after_s(self._profile, headers, self._now),
+            after_s=None if wait_s is None else min(wait_s, LONGEST_WAIT_S),
         )
 
     def _unreached(self, error: Exception, *, changes: bool) -> BatchCallError:

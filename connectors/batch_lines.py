@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from bidbeam.connectors.http_errors import classify
-from bidbeam.connectors.http_wire import Outcome, read_answer
+from bidbeam.connectors.http_errors import classify, error_of
+from bidbeam.connectors.http_wire import Outcome, read_document
 from bidbeam.connectors.model_echo import NO_ECHO, Echo
 from bidbeam.connectors.profiles import ErrorClass, Profile
+from bidbeam.connectors.secrets import mask
+from bidbeam.connectors.wire_json import pointer, read_json
 
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 NOT_RUN = frozenset({"batch_expired", "batch_cancelled"})
@@ -85,24 +87,23 @@ def read_line(
     ``find`` gives what a row of that name asked, None where there is no such row; ``echo`` says what an answer may
     call its model.
     """
-    try:
-        document = json.loads(raw, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
+    document = read_json(raw)
+    if not isinstance(document, dict):
         return None
-    name = document.get("custom_id") if isinstance(document, dict) else None
+    name = document.get("custom_id")
     asked = find(name) if isinstance(name, str) else None
     if asked is None or not isinstance(name, str):
         return None
 
     def answer(status: int, body: object, request_id: object) -> Outcome:
-        text = json.dumps(body)
-        fine = status == 200 and isinstance(body, dict) and bool(body.get("choices")) and '"error"' not in text
+        fine = status == 200 and bool(pointer(body, "/choices")) and error_of(body) is None
         prompt = "" if fine else asked.prompt()
-        outcome = read_answer(
+        outcome = read_document(
             profile,
             status,
             {header: request_id for header in profile.request_id_headers if isinstance(request_id, str)},
-            text.encode(),
+            body,
+            len(raw),
             chat=chat,
             n=asked.n,
             prompt_text=prompt or "",
@@ -127,7 +128,7 @@ def read_line(
     if isinstance(code, str) and code in NOT_RUN:
         return Line(name, Outcome("failed", "timeout", "the batch ended before this request was run"), not_run=True)
     if error:
-        told = error if isinstance(error, dict) else {"message": str(error)}
+        told = error if isinstance(error, dict) else {"message": error if isinstance(error, str) else ""}
         outcome = answer(200, {"error": told}, None)
         return Line(name, outcome)
     return Line(name, Outcome("failed", "bad_output", "the line holds neither an answer nor an error"))
@@ -146,7 +147,7 @@ def overall_class(profile: Profile, code: str, message: str) -> ErrorClass:
     return "server" if found in ("caller", "policy") else found
 
 
-def overall_message(error: Any) -> str:
+def overall_message(error: Any, secrets: Sequence[str] = ()) -> str:
     """What a provider says of a batch as a whole, fit for a ledger: its code alone, for its text may quote a row."""
     code = error.get("code") if isinstance(error, dict) else None
-    return code if isinstance(code, str) and _CODE.fullmatch(code) else "no reason given"
+    return mask(code, secrets) if isinstance(code, str) and _CODE.fullmatch(code) else "no reason given"

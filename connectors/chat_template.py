@@ -12,9 +12,9 @@ from typing import Any, Literal
 import jinja2
 import jinja2.ext
 from jinja2 import nodes, parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bidbeam.connectors.errors import ModelError
+from bidbeam.connectors.template_sandbox import LimitedSandbox
 
 _SENTINEL = "\u2603bidbeam\u2603"
 _EDGES = (
@@ -23,6 +23,8 @@ _EDGES = (
     "<b>&amp;\"'</b>", "{{ x }}{% y %}{# z #}", "back\\slash\\n", "None", "0",
 )  # fmt: skip
 _MAX_PAIRS = 24
+_MAX_TEXT = 64 * 1024 * 1024
+_MAX_STEPS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +49,30 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], *, clock: Callable[[], datetime] = datetime.now
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        # A model's files are as little ours as its answers: its template is held to limits too.
+        environment = LimitedSandbox(
+            max_text=_MAX_TEXT,
+            max_steps=_MAX_STEPS,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
         )
-        environment.filters["tojson"] = _tojson
+        environment.filters["tojson"] = environment.limited(_tojson)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: clock().strftime(form)
         try:
             self._template = environment.from_string(source)
             tree = environment.parse(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError, ValueError) as error:
             raise ModelError(f"the model's chat template does not compile: {error}") from None
+        self._environment = environment
         self._special_tokens = dict(special_tokens)
         self._literals = sorted({c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str) and c.value})
         self._frames: dict[str | None, Frame | None] = {}
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a chat, ready for the answer. Raises BadChat where the template refuses the messages."""
+        self._environment.begin()
         try:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens

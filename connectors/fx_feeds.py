@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 from bidbeam.connectors.fetch import FeedError, bare, fetch_json
-from bidbeam.connectors.price_feeds import money_of
+from bidbeam.connectors.price_feeds import money_of, shown
+from bidbeam.connectors.provider_text import provider_message
 
 FEEDS = ("kraken", "coingecko")
 ADDRESSES = {
@@ -72,7 +73,7 @@ def usable_rate(figure: object, name: str) -> Decimal:
     """A feed's figure as a rate, half-even at 18 places. Raises FeedError for one that is none."""
     number = money_of(figure)
     if number is None or number <= 0 or number.adjusted() >= 18:
-        raise FeedError(f"what the feed tells of {name} is no rate: {str(figure)[:40]!r}")
+        raise FeedError(f"what the feed tells of {name} is no rate: {shown(figure)}")
     rate = number.quantize(_PLACES, ROUND_HALF_EVEN, _WIDE)
     if not rate:
         raise FeedError(f"what the feed tells of {name} is too small to be a rate")
@@ -85,7 +86,7 @@ def _kraken(document: object, pair: str) -> Decimal:
     errors, result = told.get("error"), told.get("result")
     if errors:
         said = errors[0] if isinstance(errors, list) and isinstance(errors[0], str) else "an error"
-        raise FeedError(f"Kraken says of {pair}: {said[:80]}")
+        raise FeedError(f"Kraken says of {pair}: {provider_message(said[:80], '', ())}")
     if not isinstance(result, dict) or len(result) != 1:
         raise FeedError(f"Kraken tells no rate of {pair}")
     ticker = next(iter(result.values()))

@@ -16,10 +16,12 @@ def convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, name = str(source.parent), source.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("the file's tokenizer has no fast form, so no tokenizer.json can be written")
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16).bfloat16()
+    model = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False
+    ).bfloat16()
     # The weights are dequantized now: left in place, these marks would make an engine look for quantized ones.
     for holder in (model, model.config):
         for mark in ("quantization_config", "quantization_method", "hf_quantizer", "is_quantized"):

@@ -166,7 +166,36 @@ def read_answer(
     for a bad answer is charged too. ``headers`` has lower-case names. ``echo``: what the answer may call its model.
     Never raises.
     """
-    document = read_json(body)
+    return read_document(
+        profile,
+        http_status,
+        headers,
+        read_json(body),
+        len(body),
+        chat=chat,
+        n=n,
+        prompt_text=prompt_text,
+        secrets=secrets,
+        now=now,
+        echo=echo,
+    )
+
+
+def read_document(
+    profile: Profile,
+    http_status: int,
+    headers: Mapping[str, str],
+    document: object,
+    size_bytes: int,
+    *,
+    chat: bool,
+    n: int,
+    prompt_text: str,
+    secrets: Sequence[str],
+    now: Callable[[], datetime],
+    echo: Echo = NO_ECHO,
+) -> Outcome:
+    """The same of an answer that is read already, by ``read_json``."""
     if isinstance(document, list) and len(document) == 1 and isinstance(document[0], dict):
         document = document[0]  # as Google sends errors
     returned = _name(pointer(document, profile.model_pointer), secrets)
@@ -203,7 +232,7 @@ def read_answer(
         return failed(classed(status), theirs(status, error))
     if document is GARBAGE:
         kind = provider_message(headers.get("content-type", "").partition(";")[0], prompt_text, secrets)
-        return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {len(body)} bytes)")
+        return failed("bad_output", f"the answer is not JSON (content type {kind or 'not given'}, {size_bytes} bytes)")
     if error is not None:
         inner = status_of(error)
         if inner is None:
@@ -241,12 +270,14 @@ def _read_choices(
         texts.append(whole_text(text))
     reasons = [choice.get("finish_reason") for choice in ordered]
     reason = "length" if "length" in reasons else reasons[0]
+    # A word, and none that could be a key.
+    told = isinstance(reason, str) and _WORD.fullmatch(reason) and mask(reason, secrets) == reason
     return replace(
         base,
         status="ok",
         output=texts[0],
         samples=texts if n > 1 else None,
-        finish_reason=mask(reason, secrets) if isinstance(reason, str) and _WORD.fullmatch(reason) else None,
+        finish_reason=reason if told else None,
     )
 
 

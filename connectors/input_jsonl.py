@@ -13,6 +13,7 @@ from re import compile as pattern
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json as pj
 
@@ -20,6 +21,7 @@ from bidbeam.connectors import input_lines
 from bidbeam.connectors.input_lines import Lines, blocks, cut_units, find_lines, first_byte
 from bidbeam.connectors.input_parts import Inspected, Unit, is_json_text, json_field
 from bidbeam.connectors.input_schema import merge_fields
+from bidbeam.connectors.wire_json import MAX_DEPTH, depth_of
 
 BAD = "_bidbeam_bad"
 """The extra last column of what is read: null, or why the line is not a row; never any of the line's text."""
@@ -121,8 +123,12 @@ def _split_object(text: str) -> dict[str, str]:
     except (JSONDecodeError, StopIteration, IndexError) as error:
         where = error.value if isinstance(error, StopIteration) else getattr(error, "pos", len(text))
         raise _BadLine(f"not valid JSON (at character {where + 1})") from None
+    except ValueError:  # Python reads no number of thousands of digits
+        raise _BadLine("a number has too many digits") from None
     except RecursionError:
         raise _BadLine("nested too deep") from None
+    if depth_of(text) > MAX_DEPTH:
+        raise _BadLine("nested too deep")
     return found
 
 
@@ -364,7 +370,19 @@ def _is_tidy(data: bytes, lines: Lines) -> bool:
         data.decode()
     except UnicodeDecodeError:
         return False
-    return True
+    return not _may_be_deep(data, buffer)
+
+
+def _may_be_deep(data: bytes, buffer: npt.NDArray[np.uint8]) -> bool:
+    """Whether a line may nest deeper than is read: Arrow's parser takes a level of the stack for each. Brackets in
+    texts count too; what is held back for them is looked at line by line."""
+    if data.count(b"[") + data.count(b"{") - data.count(b"\n") <= MAX_DEPTH:
+        return False
+    opened = (buffer == 91) | (buffer == 123)
+    closed = (buffer == 93) | (buffer == 125)
+    depth = np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int32)
+    # Within a line depth grows from where the lines before left it; texts may have left it anywhere.
+    return bool(depth.max() - depth.min() > MAX_DEPTH)
 
 
 def _block_size(longest: int) -> int:

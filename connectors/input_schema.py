@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from bidbeam.connectors.errors import InputError
 from bidbeam.connectors.input_parts import is_json_text
+from bidbeam.connectors.wire_json import MAX_DEPTH
 
 
 def merge_fields(left: pa.Field, right: pa.Field) -> pa.Field | None:
@@ -132,6 +133,18 @@ def _is_text(type_: pa.DataType) -> bool:
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
 
 
+def _levels(type_: pa.DataType) -> int:
+    """How deep a type nests: 1 for one that does not."""
+    levels, left = 1, [(type_, 1)]
+    while left and levels <= MAX_DEPTH:
+        each, level = left.pop()
+        levels = max(levels, level)
+        if pa.types.is_dictionary(each):
+            left.append((each.value_type, level + 1))
+        left += ((each.field(place).type, level + 1) for place in range(each.num_fields))
+    return levels
+
+
 def _clean(field: pa.Field) -> pa.Field:
     """The field without the numbers that Parquet gave it: they mean nothing among other columns."""
     kept = {key: value for key, value in (field.metadata or {}).items() if key != b"PARQUET:field_id"}
@@ -139,6 +152,11 @@ def _clean(field: pa.Field) -> pa.Field:
 
 
 def _check_writable(field: pa.Field, url: str) -> None:
+    if _levels(field.type) > MAX_DEPTH:
+        raise InputError(
+            f"column {field.name!r} of {url} nests deeper than {MAX_DEPTH} levels, which Parquet does not read back; "
+            "write it as JSON text, or leave it out"
+        )
     try:
         pq.write_table(pa.schema([field]).empty_table(), pa.MockOutputStream())
     except UnicodeDecodeError as error:  # Arrow complains about a damaged type in bytes that are no text

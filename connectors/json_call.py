@@ -6,7 +6,10 @@ It needs no event loop and no other thread, so that it still works while the int
 from __future__ import annotations
 
 import http.client
+import io
+import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -57,6 +60,53 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Timed(io.RawIOBase):
+    """What comes in on a socket, until a point in time however it drips in."""
+
+    def __init__(self, connection: socket.socket, file: Any, until: float) -> None:
+        # ``file`` is what keeps the socket open.
+        self._connection, self._file, self._until = connection, file, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _timed(until: float) -> type[http.client.HTTPResponse]:
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            self.fp = io.BufferedReader(_Timed(sock, self.fp, until))
+
+    return Response
+
+
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens connections whose answers have to be there whole in so many seconds."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__()
+        self._response = _timed(time.monotonic() + timeout_s)
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **kwargs: Any) -> Any:
+        def connection(*args: Any, **more: Any) -> Any:
+            made = http_class(*args, **more)
+            made.response_class = self._response
+            return made
+
+        return super().do_open(connection, req, **kwargs)
+
+
 def call_json(
     method: str,
     url: str,
@@ -66,7 +116,9 @@ def call_json(
     secrets: tuple[str, ...] = (),
     timeout_s: float = 30.0,
 ) -> Answer:
-    """One request to a checked ``http(s)`` address; an error status is an answer too. Raises NoAnswer."""
+    """One request to a checked ``http(s)`` address; an error status is an answer too. Raises NoAnswer, also where the
+    answer is not there whole in ``timeout_s``.
+    """
     # Late: with it comes an HTTP client that whoever only describes a lease has no use for.
     from bidbeam.connectors.http_transport import is_loopback
 
@@ -75,7 +127,7 @@ def call_json(
     if data is not None:
         told["Content-Type"] = "application/json"
     request = urllib.request.Request(url, data, told, method=method)  # noqa: S310 - callers have checked the scheme
-    handlers: list[Any] = [_Stay]
+    handlers: list[Any] = [_Stay, _Handler(timeout_s)]
     if is_loopback(urlsplit(url).hostname or ""):
         # A proxy of the environment never stands between us and this machine.
         handlers.append(urllib.request.ProxyHandler({}))

@@ -203,7 +203,10 @@ class LeaseEngine:
                 last = f"it is {node.state}"
                 if node.state == "ready" and node.public_ip is not None:
                     last = "vLLM there does not answer"
-                    address = self._terms.address_of({"public_ip": node.public_ip, "node_id": node.node_id})
+                    try:
+                        address = self._terms.address_of({"public_ip": node.public_ip, "node_id": node.node_id})
+                    except ValueError as error:
+                        raise PoolDown(f"pool {pool}: node {record.node_id} is of no use: {error}") from None
                     if call_json("GET", f"{address.removesuffix('/v1')}/health", timeout_s=_HEALTH_S).ok:
                         self._open(address)
                         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _PORT = 8000
 _ADDRESS = "https://{public_ip}:{port}/v1"
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _KNOWN = ("public_ip", "port", "node_id")
+_HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,62}\.)+[A-Za-z][A-Za-z0-9-]{0,62}")
+"""A name with a dot in it: neither this machine's nor an address in another spelling."""
 _LOOPBACK = re.compile(r"http://(?:127\.\d+\.\d+\.\d+|localhost|\[::1\])(?::(?:\d+|\{port\}))?(?:/|$)")
 
 
@@ -70,8 +73,13 @@ class LeaseTerms:
         return self.ready_within_s + self.idle_after_s + GIVING_BACK_S
 
     def address_of(self, node: Mapping[str, str]) -> str:
-        """Where the node is reached; ``node`` has ``public_ip`` and ``node_id``."""
+        """Where the node is reached; ``node`` has ``public_ip`` and ``node_id``, as the provider tells them.
+
+        Raises ValueError where the address it tells can be no node's: prompts go where it points.
+        """
         told = {**node, "port": str(self.port)}
+        if "{public_ip}" in self.address:
+            told["public_ip"] = _host_of(node["public_ip"])
         return _PLACEHOLDER.sub(lambda match: told[match[1]], self.address).rstrip("/")
 
 
@@ -83,6 +91,18 @@ def _address(spec: PoolSpec, template: str) -> str:
     if not template.startswith("https://") and not _LOOPBACK.match(template):
         raise _fault(spec, "address", "is neither https nor on this machine", f"{_ADDRESS}, or a tunnel's loopback end")
     return template
+
+
+def _host_of(told: str) -> str:
+    try:
+        address = ipaddress.ip_address(told)
+    except ValueError:
+        if not _HOST.fullmatch(told) or len(told) > 253:
+            raise ValueError("the address it is given is none") from None
+        return told
+    if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
+        raise ValueError("the address it is given is that of no other machine")
+    return f"[{told}]" if address.version == 6 else told
 
 
 def _number(spec: PoolSpec, name: str, otherwise: float, low: float, high: float) -> float:

@@ -108,7 +108,7 @@ class Manifest:
                 int(document["sequence"]),
                 parts,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise StoreError(f"{where} is not a ledger manifest ({error}); move it away to read the rest") from error
         if not all(_inside(part.path) for part in parts):
             raise StoreError(f"{where} lists a file outside the ledger; move it away to read the rest")
@@ -120,8 +120,8 @@ def _known(part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key in PartFile.__slots__}
 
 
-def _inside(path: str) -> bool:
-    return not path.startswith("/") and ".." not in path.split("/")
+def _inside(path: object) -> bool:
+    return isinstance(path, str) and not path.startswith("/") and ".." not in path.split("/")
 
 
 def run_directory(table: str, run_date: date, run_id: str) -> str:

@@ -223,7 +223,8 @@ def _run_conversion(file: Path, target: Path, model: str) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", timeout=_CONVERSION_TIMEOUT_S,
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=_CONVERSION_TIMEOUT_S,
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -19,6 +19,7 @@ from urllib.parse import quote
 from bidbeam.connectors.fetch import FeedError, bare, fetch_json
 from bidbeam.connectors.pools import Meter, PoolSpec
 from bidbeam.connectors.profiles import PROFILES, PriceUnit, profile
+from bidbeam.connectors.secrets import known_secrets, mask
 
 PLACES = Decimal("1e-15")
 DEAREST_TOKEN_USD = Decimal("0.01")
@@ -34,6 +35,8 @@ _WIDE = Context(prec=100)
 _POWERS: Mapping[PriceUnit, int] = {"usd/token": 0, "usd/mtok": 6}
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?", re.ASCII)
 _MOST_DIGITS = 40
+_MOST_TEXT = 200
+"""Characters of a name or a figure that a feed may tell."""
 
 _Pointers = Mapping[Meter, tuple[str, ...]]
 
@@ -220,7 +223,7 @@ def check_plausible(
 
 def money_of(value: object) -> Decimal | None:
     """A figure of a feed, exactly: a decimal string or a JSON number; None where it is neither or is absurd."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+    if isinstance(value, str) and len(value) <= _MOST_TEXT and _NUMBER.fullmatch(value.strip()):
         value = Decimal(value.strip())
     if isinstance(value, bool) or not isinstance(value, int | Decimal):
         return None
@@ -230,7 +233,18 @@ def money_of(value: object) -> Decimal | None:
         return None
     if not number.is_finite() or (number and abs(number.adjusted()) > _MOST_DIGITS):
         return None
-    return number
+    # Exact, so that a figure of a million digits would be one in every message and sum.
+    return number if len(number.as_tuple().digits) <= 2 * _MOST_DIGITS else None
+
+
+def shown(value: object) -> str:
+    """What a feed says, as far as it may be repeated: short, without a key that it was shown, and of lists and objects
+    only that they are.
+    """
+    if not isinstance(value, str | int | Decimal):
+        return type(value).__name__
+    text = value[:_MOST_TEXT] if isinstance(value, str) else str(value)
+    return repr(mask(text, known_secrets(environment=False))[:40])
 
 
 def _figures(entry: object, pointers: _Pointers, power: int, model: str) -> tuple[dict[Meter, Decimal], str]:
@@ -244,7 +258,7 @@ def _figures(entry: object, pointers: _Pointers, power: int, model: str) -> tupl
             continue
         figure = money_of(raw)
         if figure is None or figure < 0:
-            raise FeedError(f"the feed's {meter.replace('_', ' ')} price of {model!r} is no price: {str(raw)[:40]!r}")
+            raise FeedError(f"the feed's {meter.replace('_', ' ')} price of {model!r} is no price: {shown(raw)}")
         each = figure.scaleb(-(0 if meter == "request" else power), _WIDE)
         if each.adjusted() >= 5:
             raise FeedError(f"the feed's {meter.replace('_', ' ')} price of {model!r} is {figure:f}, which cannot be")
@@ -275,7 +289,7 @@ def _entry(document: object, model: str, served_by: str | None) -> object:
             names = (each.get("tag"), each.get("provider_name"), each.get("name"))
             if served_by.casefold() in {name.casefold() for name in names if isinstance(name, str)}:
                 return each
-        tags = [str(each.get("tag") or each.get("provider_name")) for each in entries]
+        tags = [name for each in entries if isinstance(name := each.get("tag") or each.get("provider_name"), str)]
         raise FeedError(f"{served_by!r} does not serve {model!r} there{_near(served_by, tags)}")
     data: Any = document.get("data") if isinstance(document, dict) else document
     if not isinstance(data, list):
@@ -291,9 +305,9 @@ def _entry(document: object, model: str, served_by: str | None) -> object:
 
 
 def _near(wrong: str, names: list[str]) -> str:
-    known = {name.casefold(): name for name in names[:10_000]}
+    known = {name.casefold(): name for name in names[:10_000] if len(name) <= _MOST_TEXT}
     found = difflib.get_close_matches(wrong.casefold(), known, n=1, cutoff=0.55)
-    return f"; did you mean {known[found[0]][:100]!r}?" if found else ""
+    return f"; did you mean {mask(known[found[0]], known_secrets(environment=False))!r}?" if found else ""
 
 
 def _address(spec: PoolSpec, shape: Shape, model: str, served_by: str | None) -> str:

@@ -24,9 +24,11 @@ def provider_message(error: object, prompt_text: str, secrets: Iterable[str]) ->
     if not isinstance(error, str):
         return ""
     line = _one_line(error[:MESSAGE_READ])
-    if _echoes(line, prompt_text):
+    shown = mask(line, secrets)[:MESSAGE_CHARS]
+    # Only what may be shown is compared, for a prompt may be large.
+    if any(_echoes(text, prompt_text) for text in {line[:MESSAGE_CHARS], shown}):
         return ""
-    return mask(line, secrets)[:MESSAGE_CHARS]
+    return shown
 
 
 def _one_line(text: str) -> str:
@@ -55,12 +57,13 @@ def _prompt_strings(prompt_text: str) -> Iterable[str]:
 
 
 def _strings(value: object) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            if name not in ("role", "type"):
-                yield from _strings(each)
+    """Every text in it, however deep: without recursion, which what others sent could exhaust."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, list):
+            left += each
+        elif isinstance(each, dict):
+            left += (inner for name, inner in each.items() if name not in ("role", "type"))

@@ -88,7 +88,12 @@ class SagemakerEngine(HttpEngine):
 
     async def _ask(self, job: _Job) -> Outcome:
         prefix_id = self._prefixes.pop(job.tag, None)
-        outcome, connected = await _in_thread(lambda: self._invoke(job, prefix_id))
+        try:
+            # AWS's client waits so long for each piece; an answer that drips has to end too.
+            async with asyncio.timeout(self._timeout_s):
+                outcome, connected = await _in_thread(lambda: self._invoke(job, prefix_id))
+        except TimeoutError:
+            return failure("timeout", f"no answer within {self._timeout_s:g} s")
         if not connected:
             self._unconnected += 1
         return outcome

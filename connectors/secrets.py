@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote
 
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.pools import PoolSpec
 
 MASK = "***"
+_read: set[str] = set()
 _PIECE = 8
 """Shortest run of a secret's characters that is masked: providers echo keys cut short or with stars in the middle."""
 
@@ -73,22 +77,67 @@ def read_key(spec: PoolSpec) -> str | None:
         raise ConfigError(
             f"{where} holds characters that no header can carry", key=f"pools.{spec.name}", expected="printable ASCII"
         )
+    _read.add(key)
     return key
 
 
 def mask(text: str, secrets: Iterable[str] = ()) -> str:
     """``text`` with every one of ``secrets``, every piece of 8 or more of their characters, and whatever has the shape
-    of a key replaced by ``***``.
+    of a key replaced by ``***``; also where a secret stands in base64 or escaped for a URL.
     """
     for secret in secrets:
-        if secret:
-            text = _mask_pieces(text, secret)
+        if not secret or _pieces(secret).isdisjoint(text[at : at + _width(secret)] for at in range(len(text))):
+            continue
+        for spelling in _spellings(secret):
+            text = _mask_pieces(text, spelling)
     text = _SHAPES.sub(MASK, text)
     return _BEARER.sub(f"Bearer {MASK}", text)
 
 
+def known_secrets(*, environment: bool) -> tuple[str, ...]:
+    """What this process knows to be secret: the keys it has read and, with ``environment``, the values of variables
+    that are named like one, which a failure that nobody foresaw may quote.
+    """
+    if not environment:
+        return tuple(_read)
+    named = (
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _PIECE and _named_secret(name.lower()) and not Path(value).exists()
+    )
+    return (*_read, *named)
+
+
+def _named_secret(name: str) -> bool:
+    words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
+    return bool(words) and words[-1] not in _WHERE_WORDS and not _SECRET_WORDS.isdisjoint(words)
+
+
+def _width(secret: str) -> int:
+    return min(_PIECE, len(secret))
+
+
+@lru_cache(maxsize=256)
+def _pieces(secret: str) -> frozenset[str]:
+    """The shortest pieces of a secret, in any spelling, that must not show."""
+    width = _width(secret)
+    return frozenset(text[at : at + width] for text in _spellings(secret) for at in range(len(text) - width + 1))
+
+
+@lru_cache(maxsize=256)
+def _spellings(secret: str) -> tuple[str, ...]:
+    """A secret as it is, escaped for a URL, and in base64 wherever it begins among the bytes encoded."""
+    data = secret.encode()
+    coded = [base64.b64encode(b"\0" * before + data).decode().rstrip("=") for before in range(3)]
+    # What the bytes before and behind have a part in is left out.
+    cores = [text[(0, 2, 3)[before] : len(text) - 1] for before, text in enumerate(coded)]
+    plain = [core for core in cores if len(core) >= _PIECE]
+    websafe = [core.replace("+", "-").replace("/", "_") for core in plain]
+    return tuple(dict.fromkeys((secret, quote(secret, safe=""), *plain, *websafe)))
+
+
 def _mask_pieces(text: str, secret: str) -> str:
-    width = min(_PIECE, len(secret))
+    width = _width(secret)
     kept: list[str] = []
     hidden_until = 0
     for start in range(len(text)):
@@ -107,8 +156,7 @@ def looks_like_secret(text: str, key: str = "") -> bool:
     """
     if _SHAPES.search(text) or _BEARER.search(text) or _IN_URL.search(text):
         return True
-    words = [word for word in re.split(r"[^a-z0-9]+", key.lower()) if word]
-    if not words or words[-1] in _WHERE_WORDS or not _SECRET_WORDS.intersection(words):
+    if not _named_secret(key.lower()):
         return False
     return len(text) >= 16 and not any(char.isspace() for char in text) and _bits_per_char(text) >= 3.0
 

@@ -6,18 +6,21 @@ with a price, which is all a price source needs.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.json_call import NoAnswer, call_json
+from bidbeam.connectors.price_feeds import money_of
 from bidbeam.connectors.wire_json import pointer
 
 TARGON_URL = "https://api.targon.com"
 _PATH = "/tha/v2/inventory?gpu=true"
 """Without ``type``: its names have changed (``serverless`` became ``rental``), and a machine is known by its GPUs."""
 _DEAREST_HOUR = Decimal(100_000)
+_NAME = re.compile(r"[ -~]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,8 @@ def targon_offers(base_url: str | None = None, key: str | None = None) -> list[O
     """What the inventory offers now, free or not. ``base_url`` is scheme and host (https, or http to this machine),
     Targon's own by default; the feed asks for no key, but takes one.
 
-    Entries that are not whole (no price, no GPU) are left out. Raises PoolDown where the feed does not answer as it
-    should.
+    Entries that are not whole (no price, no GPU, a name that does not print) are left out. Raises PoolDown where the
+    feed does not answer as it should.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
@@ -60,6 +63,8 @@ def _offer(entry: object) -> Offer | None:
     count, price = _whole(pointer(entry, "/spec/gpu_count")), _price(pointer(entry, "/cost_per_hour"))
     if not isinstance(name, str) or not isinstance(gpu, str) or not count or price is None:
         return None
+    if not _NAME.fullmatch(name) or not _NAME.fullmatch(gpu):
+        return None
     kind = pointer(entry, "/type")
     return Offer(name, gpu, count, price, _whole(pointer(entry, "/available")), kind if isinstance(kind, str) else "")
 
@@ -70,10 +75,5 @@ def _whole(value: Any) -> int | None:
 
 def _price(value: Any) -> Decimal | None:
     """A price above 0: a machine that costs nothing is a gap in the feed, not an offer."""
-    if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
-        return None
-    try:
-        price = Decimal(value)
-    except ArithmeticError:
-        return None
-    return price if price.is_finite() and 0 < price < _DEAREST_HOUR else None
+    price = money_of(value)
+    return price if price is not None and 0 < price < _DEAREST_HOUR else None

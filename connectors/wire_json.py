@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
 from typing import Any
 
 _INT64_MAX = 2**63 - 1
+MAX_DEPTH = 64
+"""Levels of lists and objects that JSON of others may have where it is taken apart, copied or made a column: more
+exhausts the stack of one library or another, and Parquet of more cannot be read back."""
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 class _Garbage:
@@ -22,6 +27,20 @@ def read_json(body: bytes) -> object:
         return json.loads(body, parse_float=Decimal, parse_constant=lambda _: None)
     except (ValueError, ArithmeticError, RecursionError):
         return GARBAGE
+
+
+def depth_of(text: str) -> int:
+    """How deep JSON text nests, by its brackets outside strings; text that is no JSON has some depth too."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return 0  # not deep enough to be looked at
+    depth = deepest = 0
+    for mark in _MARKS.findall(text):
+        if mark in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif mark in "]}":
+            depth -= 1
+    return deepest
 
 
 def pointer(document: object, path: str) -> Any:

@@ -192,7 +192,9 @@ def model_facts(job: Job, directories: Mapping[str, str | None], *, rehearse: bo
                 f"pool {owners[0].name!r} runs model {name!r}, which has no source in the pools file; add one, such as "
                 "source: package:NAME, a directory, a hub id or a URL"
             )
-        facts[name] = ModelFacts(name, directory, _block(owners))
+        facts[name] = ModelFacts(
+            name, directory, _block(owners), name in job.models and job.models[name].trust_remote_code
+        )
     return facts
 
 

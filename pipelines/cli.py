@@ -87,7 +87,9 @@ def invoke(argv: Sequence[str]) -> int:
         if traceback:
             import traceback as traces
 
-            traces.print_exc(file=sys.stderr)
+            from bidbeam.connectors.secrets import known_secrets, mask
+
+            print(mask(traces.format_exc(), known_secrets(environment=True)), file=sys.stderr, end="")
         return _explained(error, as_json, traceback)
     if code == _PARSERS_INTERRUPT:
         return _failed(_RESUMES, "Interrupted", Interrupted.exit_code, as_json)
@@ -103,10 +105,12 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _explained(error: Exception, as_json: bool, traceback: bool) -> int:
+    from bidbeam.connectors.secrets import known_secrets, mask
+
     if isinstance(error, BidbeamError):
         if as_json:
             print(to_json({"error": error_object(error)}))
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_plain(mask(str(error), known_secrets(environment=False)))}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, _PARSER_ERRORS):
         message: str = error.format_message()  # type: ignore[attr-defined]  # the parser's own errors all have it
@@ -116,17 +120,21 @@ def _explained(error: Exception, as_json: bool, traceback: bool) -> int:
         context = getattr(error, "ctx", None)
         hint = f"; see {context.command_path} --help" if context is not None else ""
         return _failed(f"{message.rstrip('.')}{hint}", "UsageError", 2, as_json)
-    from bidbeam.connectors.secrets import mask
-
-    first = (str(error).strip().splitlines() or [""])[0]
-    message = mask(f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__)
+    first = mask((str(error).strip().splitlines() or [""])[0], known_secrets(environment=True))
+    message = f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
     hint = "" if traceback else f" ({_TRACEBACK} or BIDBEAM_TRACEBACK=1 shows where)"
     return _failed(f"unexpected {message}{hint}", type(error).__name__, 1, as_json)
+
+
+def _plain(message: str) -> str:
+    """Without what a terminal would obey: names in files, and what providers say, come from anywhere."""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in message)
 
 
 def _failed(message: str, kind: str, code: int, as_json: bool) -> int:
     if as_json:
         print(to_json({"error": {"type": kind, "message": message, "exit_code": code}}))
+    message = _plain(message)
     print(f"error: {message}" if code != Interrupted.exit_code else message, file=sys.stderr)
     return code
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 from bidbeam.connectors.errors import ConfigError
@@ -257,6 +258,14 @@ def refuse_secrets(root: Node) -> None:
                 raise fault(
                     node, "looks like a secret", "the name of an environment variable (api_key_env) or of a file"
                 )
+
+
+def is_kind(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Whether there is such a file or directory; a name that no filesystem can hold names none."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
 
 
 def lines_of(root: Node) -> Mapping[str, tuple[str, int | None]]:

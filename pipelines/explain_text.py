@@ -7,6 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
+from bidbeam.pipelines.show import one_line
 from bidbeam.transforms.lots import TAKEN_OVER
 
 __all__ = ["render_text"]
@@ -21,7 +22,7 @@ def render_text(explanation: Explanation) -> str:
         lines += ["", *_attempt(attempt, explanation.request_id)]
     if not explanation.attempts:
         lines += ["", "No attempt: nothing was sent for it."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(one_line, lines)) + "\n"
 
 
 def _head(it: Explanation) -> Iterator[str]:

@@ -21,6 +21,7 @@ from bidbeam.pipelines.config_check import (
     duration_from,
     fault,
     flag_of,
+    is_kind,
     lines_of,
     money_of,
     nearest,
@@ -114,7 +115,7 @@ def _trees(path: Path, overrides: Sequence[str]) -> tuple[Node, dict[str, Node],
         tree, directory = Node("map", root.file, root.line, "", entries=sections), path.resolve().parent
     else:
         file = path.parent / Path(text_of(named)).expanduser()
-        if not file.is_file():
+        if not is_kind(file, Path.is_file):
             raise fault(named, f"there is no file {str(file)!r}", "the path of a pools file, or a list of pools")
         tree, directory = load(file), file.resolve().parent
         refuse_secrets(tree)

@@ -21,6 +21,7 @@ from bidbeam.pipelines.config_check import (
     duration_of,
     fault,
     flag_of,
+    is_kind,
     nearest,
     plain_map_of,
     shown,
@@ -46,6 +47,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "batch": _REMOTE,
     "lease": (*_REMOTE, "engine"),
 }
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _ANY_KEY = tuple(dict.fromkeys(key for keys in _KEYS.values() for key in keys))
 
 
@@ -121,7 +123,7 @@ def located_source(source: str, directory: str) -> str:
     if "://" in source or source.startswith("package:"):
         return source
     path = Path(source).expanduser()
-    if source.startswith((".", "/", "~")) or (Path(directory) / path).is_dir():
+    if source.startswith((".", "/", "~")) or is_kind(Path(directory) / path, Path.is_dir):
         return str((Path(directory) / path).resolve())
     return source
 
@@ -171,7 +173,7 @@ def _pool(
         api_key_env=fields.maybe("api_key_env", _variable),
         api_key_file=_key_file(fields, directory),
         context=fields.maybe("context", lambda entry: whole_of(entry, 1, 2**31 - 1)),
-        headers=fields.read("headers", text_map_of, {}),
+        headers=fields.read("headers", _headers, {}),
         timeout_s=fields.read("timeout", lambda entry: duration_of(entry).total_seconds(), 600.0),
         options=options,
         answers_as=answers_as,
@@ -334,6 +336,16 @@ def _variable(node: Node) -> str:
         # The text itself is not repeated: it may be the key, in the wrong place.
         raise fault(node, "is not the name of an environment variable", "a name such as ENDPOINT_API_KEY")
     return text
+
+
+def _headers(node: Node) -> dict[str, str]:
+    headers = text_map_of(node)
+    for name, value in headers.items():
+        if not _HEADER.fullmatch(name):
+            raise fault(node.entries[name], "is no name of a header", "such as x-team")
+        if not (value.isascii() and value.isprintable()):
+            raise fault(node.entries[name], "holds characters that no header can carry", "printable ASCII")
+    return headers
 
 
 def _key_file(fields: Fields, directory: str) -> str | None:

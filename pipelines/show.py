@@ -196,13 +196,13 @@ def aligned(rows: Iterable[tuple[str, str]]) -> str:
     """Names and values in two columns."""
     pairs = list(rows)
     width = max((len(name) for name, _ in pairs), default=0)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs)
+    return "\n".join(f"{name:<{width}}  {one_line(value)}" for name, value in pairs)
 
 
 def table_text(heads: Sequence[str], body: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> str:
     """Rows in columns as wide as they need, the columns in ``right`` flush right."""
     flush = frozenset(right)
-    cells = [tuple(heads), *(tuple(map(_one_line, row)) for row in body)]
+    cells = [tuple(map(one_line, row)) for row in (heads, *body)]
     widths = [max(len(row[place]) for row in cells) for place in range(len(heads))]
     lines = [
         "  ".join(
@@ -215,8 +215,8 @@ def table_text(heads: Sequence[str], body: Sequence[Sequence[str]], *, right: It
     return "\n".join(lines)
 
 
-def _one_line(cell: str) -> str:
-    """No line break and no control character, whatever the data holds."""
+def one_line(cell: str) -> str:
+    """A line without breaks and controls, whatever the data holds: a terminal would obey them."""
     return "".join(char if char.isprintable() else " " for char in cell)
 
 

@@ -226,7 +226,7 @@ def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list
 
 def verification_text(found: Verification) -> str:
     """A row per check, then the first rows at fault of each that failed, and what was not looked at."""
-    from bidbeam.pipelines.show import aligned, cell_text, table_text
+    from bidbeam.pipelines.show import aligned, cell_text, one_line, table_text
 
     body = [(check.says, f"{check.checked:,}", f"{check.failed:,}" if check.failed else "-") for check in found.checks]
     lines = [table_text(("what must hold", "checked", "at fault"), body, right=(1, 2)), ""]
@@ -234,7 +234,8 @@ def verification_text(found: Verification) -> str:
         if check.failed:
             lines.append(f"AT FAULT {check.name}: {check.failed:,} of {check.checked:,}")
             lines += [
-                "  " + ", ".join(f"{k}={cell_text(v, 'NULL')}" for k, v in fault.items()) for fault in check.faults
+                one_line("  " + ", ".join(f"{k}={cell_text(v, 'NULL')}" for k, v in fault.items()))
+                for fault in check.faults
             ]
             lines.append("")
     lines += [f"not checked: {what}: {why}" for what, why in found.skipped.items()]

@@ -142,6 +142,8 @@ class _Builder:
             return self._planted(known, key, line)
         if event.tag is not None:
             raise self._fault(event, key, "carries a YAML tag", "plain data")
+        if isinstance(event, ScalarEvent) and "\0" in event.value:
+            raise self._fault(event, key, "holds a NUL character", "plain text")
         if isinstance(event, ScalarEvent):
             type_ = scalar_type(event.value) if event.implicit[0] else "text"
             node = self._counted(Node("scalar", self._file, line, key, str(event.value), type_))
@@ -160,7 +162,7 @@ class _Builder:
         for event in self._events:
             if isinstance(event, MappingEndEvent):
                 break
-            if not isinstance(event, ScalarEvent) or event.tag is not None:
+            if not isinstance(event, ScalarEvent) or event.tag is not None or not str(event.value).isprintable():
                 raise self._fault(event, key, "has a key that is not plain text", "plain text as a key")
             name = str(event.value)
             path = f"{key}.{name}" if key else name

@@ -13,9 +13,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bidbeam.connectors.errors import ConfigError, InputError, ModelError
 from bidbeam.connectors.input_parts import JSON_MARK
+from bidbeam.connectors.template_sandbox import LimitedSandbox
 from bidbeam.connectors.tokenizer import ModelTools
 from bidbeam.transforms.rendering import (
     RENDERED,
@@ -161,6 +163,23 @@ def test_a_template_sees_the_rows_columns() -> None:
         "{{ a | center(1000000000) }}", "{{ a.__class__.__mro__ }}", "{{ a.no_such }}", "{{ 1 / 0 }}{{ a }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}{{ a }}",
         "{% set n = namespace(x=a) %}{% for i in range(90) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=a) %}{% for i in range(90) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=a) %}{% for i in range(90) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{% set n = namespace(x=[a]) %}{% for i in range(90) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[a]) %}{% for i in range(90) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x == [a] }}",
+        "{% set n = namespace(x=(a,)) %}{% for i in range(90) %}{% set n.x = (n.x, n.x) %}{% endfor %}{{ {n.x: 1} }}",
+        "{{ a | slice(10 ** 9) | list }}", "{{ a | batch(10 ** 9, a) | list }}",
+        "{{ (a * 100000) | wordwrap(1, True, a * 100000) }}", "{{ ('a\n' * 1000000) | indent(a * 100000) }}",
+        "{{ (a * 100000) | replace('s', a * 100000) }}", "{{ (a * 100000).replace('s', a * 100000) }}",
+        "{{ (a * 100000) | join(a * 100000) }}", "{{ (a * 100000).join(a * 100000) }}",
+        "{{ a }}{{ 1.5 | round(10 ** 9, 'ceil') }}", "{{ [[a]] | tojson(10 ** 9) }}",
+        "{{ ('{0}' * 10000).format(a * 100000) }}", "{{ ('%(a)s' * 10000) % {'a': a * 100000} }}",
+        "{{ (a * 100000).translate({115: a * 100000}) }}", "{{ [[a]] | sum(start=[]) }}", "{{ a }}{{ '%.99999f' % 1 }}",
+        "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ a ~ n.x % 7 }}",
+        "{{ a }}{{ (1).from_bytes('a'.encode() * 1000000, 'little') % 7 }}",
+        "{% macro m0() %}{{ a }}{% endmacro %}"
+        + "".join(f"{{% macro m{i}() %}}{{{{ m{i - 1}() ~ m{i - 1}() }}}}{{% endmacro %}}" for i in range(1, 40))
+        + "{{ m39() }}",
     ],
 )  # fmt: skip
 def test_a_template_cannot_run_away(template: str) -> None:
@@ -168,6 +187,37 @@ def test_a_template_cannot_run_away(template: str) -> None:
     row = rendered(pa.table({"a": ["secret-value"]}), spec(PromptSpec(template=template)))[0]
     assert row["reason"] == "invalid"
     assert "secret-value" not in row["message"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ [a, 'x'] | join(' - ') | replace('s', 'ss') | indent(2) | wordwrap(5) | title }}",
+        "{{ a ~ b ~ none_ ~ 1.5 }}",
+        "{{ (b | batch(2, 0) | list, b | slice(2) | list, b | sum, b | map('string') | join) }}",
+        "{{ undef | join | string }}",
+        "{{ '%s-%05d %(x)s' | replace('%(x)s', '') | format(a, 3) }}{{ '{:>5}|{}'.format(a, b) }}",
+        "{{ b | tojson(2) }}",
+        "{% for x in b if x is odd %}{{ loop.index }}{{ loop.last }}{{ x in b and x == 1 or x > 2 }}{% endfor %}",
+        "{% set t %}{{ a }}{{ a }}{% endset %}{{ {'k': t, (1, 2): 1}['k'] }}{{ 'a'.center(9) ~ 2 ** 9 ~ (7 % 4) }}",
+        "{% macro m(x) %}<{{ x }}{{ caller() }}>{% endmacro %}{% call m(a) %}{{ b | length | string }}{% endcall %}",
+    ],
+)  # fmt: skip
+def test_limits_change_nothing_that_stays_within_them(template: str) -> None:
+    """A template renders as in Jinja's own sandbox."""
+    row = {"a": "secret-value", "b": [1, 2, 3], "none_": None}
+    theirs = ImmutableSandboxedEnvironment().from_string(template).render(row)
+    assert LimitedSandbox().from_string(template).render(row) == theirs
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "times"),
+    [("{% for i in a %}", "{% endfor %}", 25), ("{% if a %}", "{% endif %}", 110), ("{{" + "(" * 500, "1}}", 1)],
+)
+def test_a_template_that_python_cannot_compile_is_a_configuration_error(begin: str, end: str, times: int) -> None:
+    """Blocks and expressions nested deeper than Python compiles say so before anything starts."""
+    with pytest.raises(ConfigError, match="does not compile"):
+        compile_template(begin * times + end * times)
 
 
 def test_template_errors_never_quote_values() -> None:

@@ -164,6 +164,22 @@ def test_a_refusal_repeats_only_the_templates_own_words() -> None:
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{{ i }}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(90) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{{ 'a' * 1000000000 }}", "{{ messages | tojson(indent=1000000000) }}", "{{ messages.__class__.__mro__ }}",
+    ],
+)  # fmt: skip
+def test_a_models_template_cannot_run_away(source: str) -> None:
+    """What comes with a model is no more trusted than what comes back from one."""
+    with pytest.raises(BadChat):
+        ChatTemplate(source, {}).one_user("hello", None)
+    with pytest.raises(ModelError, match="does not compile"):
+        ChatTemplate("{% if a %}" * 110 + "{% endif %}" * 110, {})
+
+
 def test_templates_render_as_hugging_face_renders_them() -> None:
     """Blocks are trimmed, JSON keeps its characters, loops break, generation marks vanish, the clock is passed in."""
     template = ChatTemplate(

@@ -133,13 +133,19 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
     if spec.kind == "vllm":
         from bidbeam.connectors.vllm_engine import VllmConfig, VllmEngine
 
-        directory = context.models[model].directory
+        facts = context.models[model]
+        directory = facts.directory
         if directory is None:
             raise ModelError(
                 f"pool {spec.name!r}: model {model!r} has no source to load it from; give it one in the pools file"
             )
         config = VllmConfig.of(
-            spec.name, directory, spec.engine, concurrency=spec.capacity.concurrency, cpu=spec.accelerator is None
+            spec.name,
+            directory,
+            # No code of a model's runs unless the pools file says so, of the model or among the engine's arguments.
+            {"trust_remote_code": facts.trust_remote_code, **spec.engine},
+            concurrency=spec.capacity.concurrency,
+            cpu=spec.accelerator is None,
         )
         share = sum(p.capacity.workers for p in context.pools if p.kind == "vllm" and p.accelerator is None)
         engine = VllmEngine.start(config, share=max(share, 1))

@@ -274,7 +274,7 @@ def _read_row(row: Mapping[str, Any] | str | None) -> Mapping[str, Any] | None:
         return row
     try:
         value = json.loads(row) if row.strip() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError("is not JSON", key="placement", expected="a JSON object of constraints") from None
     if value is not None and not isinstance(value, dict):
         raise ConfigError("is not an object", key="placement", expected="a JSON object of constraints")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
-import jinja2.sandbox
-from jinja2 import meta, nodes
+from jinja2 import meta
 
 from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.template_sandbox import MAX_TEXT, LimitedSandbox, TemplateLimit
 
-MAX_TEXT = 4 * 1024 * 1024
-"""Characters that one rendered prompt, or any text made on the way to it, may have."""
-MAX_STEPS = 100_000
-"""Loop iterations that one row may take, all its loops together."""
+_FAULTS = (RecursionError, MemoryError, SyntaxError, ValueError, jinja2.TemplateError)
+"""What else a template can fail with that does not compile; Python's own compiler has limits of its own."""
 
 
 class TemplateProblem(ValueError):  # noqa: N818 - named for what it says
@@ -27,7 +24,7 @@ class PromptTemplate:
     """A compiled template. Renders one row at a time; not for use by several threads at once."""
 
     def __init__(self, text: str) -> None:
-        self._environment = _Environment(
+        self._environment = LimitedSandbox(
             undefined=jinja2.StrictUndefined, finalize=_no_null, autoescape=False, auto_reload=False
         )
         try:
@@ -43,7 +40,7 @@ class PromptTemplate:
                 key="prompt.template",
                 expected="a Jinja template over the input's columns",
             ) from None
-        except (RecursionError, jinja2.TemplateError) as error:
+        except _FAULTS as error:
             raise ConfigError(
                 f"the template does not compile ({type(error).__name__})", key="prompt.template"
             ) from None
@@ -51,17 +48,18 @@ class PromptTemplate:
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The prompt of one row, of at most MAX_TEXT characters. Raises TemplateProblem."""
-        self._environment.steps = 0
+        self._environment.begin()
         pieces: list[str] = []
         length = 0
         try:
             for piece in self._template.generate(row):
                 length += len(piece)
-                _check_size(length)
+                if length > MAX_TEXT:
+                    raise TemplateLimit(f"a text grows beyond {MAX_TEXT} characters")  # noqa: TRY301 - as any other
                 pieces.append(piece)
             text = "".join(pieces)
             text.encode()
-        except _Limit as limit:
+        except TemplateLimit as limit:
             raise TemplateProblem(str(limit)) from None
         except Exception as error:  # a template can raise anything that an expression can
             raise TemplateProblem(self._explain(error, row)) from None
@@ -88,10 +86,6 @@ def compile_template(text: str) -> PromptTemplate:
     return PromptTemplate(text)
 
 
-class _Limit(Exception):  # noqa: N818 - a limit that was met, not a fault of ours
-    pass
-
-
 class _NullError(Exception):
     pass
 
@@ -110,93 +104,3 @@ def _line(error: BaseException) -> int | None:
             line = trace.tb_lineno
         trace = trace.tb_next
     return line
-
-
-_WIDE = re.compile(r"%[-+ #0]*(\d{5,}|\*)|\{[^{}]*:[^{}]*(\d{5,}|\{)")
-"""A format that pads to 10,000 or more characters, or to a width that only its arguments tell."""
-_SIZED_METHODS = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs", "to_bytes"})
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with loops counted and operations that make much of little refused."""
-
-    intercepted_binops = frozenset({"*", "**", "%", "+"})
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.steps = 0
-        del self.globals["lipsum"]
-        self.globals["range"] = self._range
-        self.filters["bidbeam_counted"] = self._counted
-        for name in ("center", "indent", "format"):
-            self.filters[name] = _sized(self.filters[name])
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "bidbeam_counted", [], [], None, None, lineno=loop.lineno)
-        return tree
-
-    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        for value in values:
-            self.steps += 1
-            if self.steps > MAX_STEPS:
-                raise _Limit(f"the template's loops take more than {MAX_STEPS} steps")
-            yield value
-
-    def _range(self, *bounds: int) -> range:
-        made = range(*bounds)
-        if len(made) > MAX_STEPS:
-            raise _Limit(f"a range is longer than {MAX_STEPS}")
-        return made
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for many, times in ((left, right), (right, left)):
-                if isinstance(many, str | bytes | list | tuple) and isinstance(times, int):
-                    _check_size(len(many) * times)
-        elif operator == "**":
-            if isinstance(left, int) and isinstance(right, int) and abs(right) * left.bit_length() > 4096:
-                raise _Limit("a power is too large")
-        elif operator == "%" and isinstance(left, str):
-            _check_format(left)
-        elif operator == "+" and isinstance(left, str | list) and isinstance(right, str | list):
-            _check_size(len(left) + len(right))
-        if operator == "*" and isinstance(left, int) and isinstance(right, int):
-            _check_size(left.bit_length() + right.bit_length())
-        return super().call_binop(context, operator, left, right)
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as the base has it
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if name in _SIZED_METHODS:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, int):
-                    _check_size(value * (len(owner) if name == "expandtabs" and isinstance(owner, str) else 1))
-        elif name in {"format", "format_map"} and isinstance(owner, str):
-            _check_format(owner)
-        return super().call(__context, __obj, *args, **kwargs)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_TEXT:
-        raise _Limit(f"a text grows beyond {MAX_TEXT} characters")
-
-
-def _check_format(pattern: str) -> None:
-    if _WIDE.search(pattern):
-        raise _Limit("a width in a format is too large")
-
-
-def _sized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, refusing numbers and formats that could make something huge of little."""
-
-    @functools.wraps(function)
-    def checked(value: Any, *args: Any, **kwargs: Any) -> Any:
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, int):
-                _check_size(argument)
-        if function.__name__ == "do_format" and isinstance(value, str):
-            _check_format(value)
-        return function(value, *args, **kwargs)
-
-    return checked

@@ -197,6 +197,8 @@ def _from_json(column: pa.Array, spec: PromptSpec) -> Prompts:
                 chat = normalise(asked, spec.system)
         except BadMessages as problem:
             problems[row] = f"column {spec.column!r}: {problem}"
+        except ValueError:
+            problems[row] = f"column {spec.column!r}: is not JSON"
         texts.append(text)
         chats.append(chat)
     return Prompts(pa.array(texts, pa.large_string()), chats, raw=spec.format == "raw", problems=problems)

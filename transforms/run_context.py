@@ -20,11 +20,15 @@ from bidbeam.transforms.reputation import Reputation
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """One model of the run: where its files are (None: no tokenizer), and the block that its caches reuse."""
+    """One model of the run: where its files are (None: no tokenizer), and the block that its caches reuse.
+
+    ``trust_remote_code``: whether the pools file lets an engine run code that comes with it.
+    """
 
     name: str
     directory: str | None
     cache_block: int
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.json_schemas import Checker, schema_of
-from bidbeam.transforms.row_values import python_values
+from bidbeam.connectors.wire_json import MAX_DEPTH, depth_of
+from bidbeam.transforms.row_values import UNREADABLE, python_values
 
 KEYS = ("max_tokens", "temperature", "top_p", "seed", "stop", "n", "response_format")
 """Keys that a row may always set by a column of that name, besides the keys that the job itself names."""
@@ -62,7 +63,11 @@ def canonical_json(value: Any) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """JSON whose numbers keep their text (Decimal where they have a fraction or exponent). Raises ValueError."""
+    """JSON whose numbers keep their text (Decimal where they have a fraction or exponent). Raises ValueError, also for
+    what nests deeper than can be taken apart and written again.
+    """
+    if depth_of(text) > MAX_DEPTH:
+        raise ValueError("nested too deeply")
     try:
         return json.loads(text, parse_float=Decimal, parse_constant=_no_constant)
     except RecursionError:
@@ -173,7 +178,7 @@ def distinct(
     for name, column in columns.items():
         encoded, values = _encode(column)
         if name in json_text:
-            values = [parse_json(value) if isinstance(value, str) else value for value in values]
+            values = [_parsed(value) if isinstance(value, str) else value for value in values]
         index = pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False) + 1
         choices = [None, *values]
         used, codes = np.unique(codes * len(choices) + index, return_inverse=True)
@@ -181,6 +186,13 @@ def distinct(
             {**combinations[code // len(choices)], name: choices[code % len(choices)]} for code in used.tolist()
         ]
     return codes, combinations
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        return UNREADABLE
 
 
 def _encode(column: pa.Array) -> tuple[pa.Array, list[Any]]:

@@ -75,7 +75,10 @@ def read_storage(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
 
 def error_object(error: BidbeamError) -> dict[str, Any]:
     """An error as JSON has it: what it is, what it says, and for a wrong key where that is."""
-    told: dict[str, Any] = {"type": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+    from bidbeam.connectors.secrets import known_secrets, mask
+
+    message = mask(str(error), known_secrets(environment=False))
+    told: dict[str, Any] = {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}
     if isinstance(error, ConfigError):
         told |= {name: getattr(error, name) for name in ("problem", "file", "line", "key", "expected", "nearest")}
     return told

@@ -61,6 +61,8 @@ class ProviderFront(Loopback):
     leave open is upstream's answer.
     """
 
+    handler = _Handler
+
     def __init__(
         self,
         profile: str,

@@ -57,11 +57,18 @@ def _clearing(it: Clearing) -> Iterator[str]:
         if not bid.eligible:
             yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
     yield f"  {_why(it)}"
+    lowest = min((bid.score for bid in offers if bid.score is not None), default=None)
+    if it.reserve is not None and it.reserve != lowest:
+        yield f"  reserve {_money(it.reserve)}{_times(it.reserve, lowest)}: what it was worth rather than see it fail"
     if it.winner is not None:
         yield (
             f"  paid {_money(it.price_paid)} for the lot ({it.payment_rule or 'no rule'}), "
             f"{_money(it.reserved)} reserved for the worst case"
         )
+
+
+def _times(reserve: Decimal, lowest: Decimal | None) -> str:
+    return f", {reserve / lowest:.2f} times the lowest score" if lowest else ""
 
 
 def _why(it: Clearing) -> str:
@@ -86,14 +93,14 @@ def _why(it: Clearing) -> str:
 
 
 _BID_HEAD = (
-    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "- exploration", "worst case",
-    "cached", "output", "finishes",
+    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "+ setup", "- exploration",
+    "worst case", "cached", "output", "finishes",
 )  # fmt: skip
 
 
 def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
-    # An older ledger has no such terms: their columns are then left out.
-    later = (bid.audit_cost, bid.demand_cost, bid.exploration_credit)
+    # An older ledger has no such terms: their columns are then left out. Few pools have anything to set up.
+    later = (bid.audit_cost, bid.demand_cost, bid.setup_cost or None, bid.exploration_credit)
     return (
         {clearing.winner: "*", clearing.runner_up: "2"}.get(bid.pool, ""),
         bid.pool,

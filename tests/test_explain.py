@@ -98,7 +98,9 @@ def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
     (clearing,) = found.clearings
     assert {bid.pool for bid in clearing.bids} == {"near", "own"}
     for bid in clearing.bids:
-        terms = (bid.expected_cost, bid.risk_cost, bid.lateness_cost, bid.audit_cost, bid.demand_cost)
+        terms = (
+            bid.expected_cost, bid.risk_cost, bid.lateness_cost, bid.audit_cost, bid.demand_cost, bid.setup_cost,
+        )  # fmt: skip
         assert bid.exploration_credit is not None
         assert exact_sum((*terms, bid.exploration_credit.copy_negate())) == bid.score
         assert bid.expected_cost is not None

@@ -82,6 +82,8 @@ class Reputation:
     """How much more it reports or bills than we count, beyond what is tolerated, as a share; None: never compared."""
     overhead_s: float | None = None
     """Seconds of loading and idling that a run pays an engine for; None where the pool is not paid by time."""
+    setup_s: float | None = None
+    """Seconds until one of its engines serves: loading it, or renting the node; None: never seen."""
     newcomer: bool = False
 
     @property
@@ -157,6 +159,7 @@ def _of_pool(spec: PoolSpec, of_model: Weighed) -> Reputation:
         retried_here=_ratio(mine, lambda d: d.retried_here, lambda d: d.retried) or 0.0,
         excess=_excess(mine),
         overhead_s=_overhead(spec, both or mine),
+        setup_s=_scaled(_ratio(mine, lambda d: d.setup_ms, lambda d: d.setups), 1e-3),
     )
 
 

@@ -16,6 +16,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.pipelines.explain import Explanation, explain_request, render_text
 from bidbeam.pipelines.explanation import Clearing, exact_sum
 from bidbeam.pipelines.run import run
+from bidbeam.pipelines.verify import verify_ledger
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -112,6 +113,7 @@ def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
     assert "= expected" in text
     for term in ("+ risk", "+ lateness", "+ audit", "+ demand", "- exploration"):
         assert term in text
+    assert verify_ledger(job.ledger, rehearsals=True).ok
 
 
 @pytest.mark.parametrize(

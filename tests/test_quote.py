@@ -125,9 +125,15 @@ def test_no_run_costs_more_than_its_quotes_worst_case(rows: list[tuple[str, int,
     if hourly:
         pools.append(by_the_hour("own", capacity={"tokens_per_second": 1}))
     with tempfile.TemporaryDirectory() as scratch:
-        job = make_job(Path(scratch), table, pools, models=models, auction={"rounds": 1})
+        terms: dict[str, Any] = {"models": models, "auction": {"rounds": 1}}
+        if hourly:
+            # Nothing but a budget bounds the time of an engine that may serve.
+            assert quote_job(make_job(Path(scratch), table, pools, **terms)).worst_case_cost is None
+            terms["budget"] = {"max_cost": "1000"}
+        job = make_job(Path(scratch), table, pools, **terms)
         quote = quote_job(job)
         summary = run(job, rehearse=True)
+    assert quote.worst_case_cost is not None
     assert summary.cost <= quote.worst_case_cost
     assert quote.expected_cost <= quote.worst_case_cost
     assert (summary.input_tokens, quote.estimated) == (quote.input_tokens, False)

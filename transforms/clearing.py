@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import ROUND_DOWN, Context, Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +70,8 @@ class Clearing:
         worth = parts_per_million(pa.array(least, COST), reserve_ppm(self.bids.urgency))
         if self.budget is None:
             return worth
-        left = pa.scalar(self.budget, COST)
+        # What engines are held back leaves more places than money is written with.
+        left = pa.scalar(self.budget.quantize(Decimal("1e-18"), ROUND_DOWN, Context(prec=60)), COST)
         return pc.if_else(pc.greater(worth, left), left, worth)
 
     @property

@@ -55,13 +55,17 @@ def worth_setting_up(cleared: Clearing, clear: Callable[[BidMatrix], Clearing]) 
     """The clearing without the pools whose lots would cost less elsewhere than it costs to set the pool up.
 
     Each bid bears its share of the pool's set-up; a pool that won only some of its lots leaves the rest uncovered. No
-    lot is left unserved for it.
+    lot is left unserved for it, nor does one wait that the pool might serve.
     """
     while True:
         uncovered = _uncovered(cleared)
         doubtful = [name for name, cost in uncovered.items() if cost > _least_elsewhere(cleared, name)]
-        tried = [clear(without_pools(cleared.bids, [name], "setup")) for name in doubtful]
-        tried = [again for again in tried if again.unserved.keys() <= cleared.unserved.keys()]
+        tried = [
+            again
+            for name in doubtful
+            if (again := clear(without_pools(cleared.bids, [name], "setup"))).unserved.keys() <= cleared.unserved.keys()
+            and not cleared.bids.eligible[again.pool_of < 0, _place(cleared.bids, name)].any()
+        ]
         best = min(tried, key=_whole_cost, default=cleared)
         if _whole_cost(best) >= _whole_cost(cleared):
             return cleared
@@ -75,7 +79,7 @@ def _whole_cost(cleared: Clearing) -> float:
 def _least_elsewhere(cleared: Clearing, name: str) -> float:
     """USD that a pool's lots cost more elsewhere, at least: as if there were room for all; inf where one has none."""
     bids, won = cleared.bids, np.array(cleared.lots_of[name])
-    at = next(at for at, pool in enumerate(bids.pools) if pool.spec.name == name)
+    at = _place(bids, name)
     warm = (bids.score - bids.saving)[won]
     others = np.delete(warm, at, axis=1).min(axis=1, initial=np.inf)
     return float((others - bids.score[won, at]).sum())
@@ -85,9 +89,13 @@ def _uncovered(cleared: Clearing) -> dict[str, float]:
     """Pool -> USD of its set-up that the lots it won do not bear; only pools that won something."""
     bids, found = cleared.bids, dict[str, float]()
     for name, won in cleared.lots_of.items():
-        at = next(at for at, pool in enumerate(bids.pools) if pool.spec.name == name)
+        at = _place(bids, name)
         if bids.setup_ppm[at]:
             shares = as_floats(bids.setup_cost(at, bids.expected_cost(at)))
             lost = np.setdiff1d(np.flatnonzero(bids.eligible[:, at]), won)
             found[name] = float(shares[lost].sum())
     return found
+
+
+def _place(bids: BidMatrix, name: str) -> int:
+    return next(at for at, pool in enumerate(bids.pools) if pool.spec.name == name)

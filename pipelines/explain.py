@@ -109,7 +109,7 @@ def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list
 _REQUEST_FIELDS = (
     "source_file", "source_row", "tenant", "placement", "status", "reason", "shared_with", "tags",
 )  # fmt: skip
-_LOT_FIELDS = ("model", "requests", "input_tokens", "ideal_cached_tokens", "reserve")
+_LOT_FIELDS = ("model", "requests", "input_tokens", "ideal_cached_tokens", "reserve", "urgency")
 _AWARD_FIELDS = ("winner", "runner_up", "payment_rule", "price_paid", "reserved")
 
 _RUNS_OF_REQUEST = """
@@ -150,7 +150,7 @@ WHERE run_id = $1 AND round = $2 AND lot_id = $3
 ORDER BY eligible DESC, score NULLS LAST, pool"""
 
 _LOT = """
-SELECT model, requests, input_tokens, ideal_cached_tokens, reserve
+SELECT model, requests, input_tokens, ideal_cached_tokens, reserve, urgency
 FROM lots
 WHERE run_id = $1 AND round = $2 AND lot_id = $3"""
 

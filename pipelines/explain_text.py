@@ -57,18 +57,14 @@ def _clearing(it: Clearing) -> Iterator[str]:
         if not bid.eligible:
             yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
     yield f"  {_why(it)}"
-    lowest = min((bid.score for bid in offers if bid.score is not None), default=None)
-    if it.reserve is not None and it.reserve != lowest:
-        yield f"  reserve {_money(it.reserve)}{_times(it.reserve, lowest)}: what it was worth rather than see it fail"
+    if it.reserve is not None and it.urgency:
+        pressing = f"{100 * it.urgency:.1f}% of the time to the deadline gone or needed"
+        yield f"  reserve {_money(it.reserve)}, with {pressing}: what the lot was worth rather than see it fail"
     if it.winner is not None:
         yield (
             f"  paid {_money(it.price_paid)} for the lot ({it.payment_rule or 'no rule'}), "
             f"{_money(it.reserved)} reserved for the worst case"
         )
-
-
-def _times(reserve: Decimal, lowest: Decimal | None) -> str:
-    return f", {reserve / lowest:.2f} times the lowest score" if lowest else ""
 
 
 def _why(it: Clearing) -> str:

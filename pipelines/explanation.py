@@ -59,6 +59,8 @@ class Clearing:
     price_paid: Decimal | None
     reserved: Decimal | None
     reserve: Decimal | None = None
+    urgency: Decimal | None = None
+    """How little slack the lot had before the deadline, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)

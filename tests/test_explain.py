@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -114,6 +115,12 @@ def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
     for term in ("+ risk", "+ lateness", "+ audit", "+ demand", "- exploration"):
         assert term in text
     assert verify_ledger(job.ledger, rehearsals=True).ok
+    # With all the time there is a lot is worth its lowest score; as slack shrinks it is worth more, and that is said.
+    lowest = min(bid.score for bid in clearing.bids if bid.score is not None)
+    assert (clearing.reserve, clearing.urgency) == (lowest, 0)
+    assert "worth" not in text
+    urgent = replace(found, clearings=(replace(clearing, reserve=Decimal("0.25"), urgency=Decimal("0.125")),))
+    assert "reserve 0.25 USD, with 12.5% of the time to the deadline gone or needed" in render_text(urgent)
 
 
 @pytest.mark.parametrize(

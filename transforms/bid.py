@@ -203,7 +203,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         waiting=left.filter(pa.array([reason is not None and not f for reason, f in zip(reasons, final, strict=True)])),
         refused=left.filter(pa.array(final)),
         tables={
-            "lots": lots_table(context, lots, cleared.reserve),
+            "lots": lots_table(context, lots, cleared),
             "bids": cleared.bids_table(run_id=context.run_id, round_number=round_),
             "awards": cleared.awards_table(run_id=context.run_id, round_number=round_),
             "auctions": cleared.auction_table(run_id=context.run_id, round_number=round_),
@@ -348,11 +348,13 @@ def _afford_engines(
     return kept, held
 
 
-def lots_table(context: RunContext, lots: pa.Table, reserve: pa.Array | None = None) -> pa.Table:
-    """The ledger's LOTS of one round; ``reserve`` (COST) None: they were not auctioned."""
+def lots_table(context: RunContext, lots: pa.Table, cleared: Clearing | None = None) -> pa.Table:
+    """The ledger's LOTS of one round; ``cleared`` None: they were not auctioned."""
+    nothing = pa.nulls(lots.num_rows)
     given = {
         "run_id": pa.repeat(context.run_id, lots.num_rows),
-        "reserve": pa.nulls(lots.num_rows) if reserve is None else reserve,
+        "reserve": nothing if cleared is None else cleared.reserve,
+        "urgency": nothing if cleared is None else pa.array(np.round(cleared.bids.urgency, 6)),
     }
     columns = [
         (pa.chunked_array([given[field.name]]) if field.name in given else lots.column(field.name)).cast(field.type)

@@ -225,7 +225,7 @@ def test_after_one_run_a_quote_of_an_engine_by_the_hour_is_within_a_tenth(
     """Whole runs on an engine paid by time, whose seconds are those of its tokens and of loading: the first run shows
     how fast it is, how short answers are, what its cache finds and how long it loads.
 
-    Seconds of a real processor vary by more than a tenth from run to run, which is no fault of a quote.
+    Seconds of a real processor also hang on what else it does meanwhile, which no quote can know.
     """
     loads = iter((15_000, 16_500))
     monkeypatch.setattr(engines, "clock_ms", lambda: Timed.clock_ms)

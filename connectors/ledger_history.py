@@ -86,6 +86,9 @@ class Deeds:
     accelerator_ms: int = 0
     overhead_ms: int = 0
     """Milliseconds of an engine paid by time: at work on these attempts, and loading or idle in the run."""
+    setup_ms: int = 0
+    setups: int = 0
+    """The part of it that loading took, and how often one was loaded or rented."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -179,14 +182,14 @@ def _deeds(connection: duckdb.DuckDBPyConnection, same_job: frozenset[str], mode
     for name in ("latencies", "lengths"):
         for row in _rows(connection, statements[name]):
             rows.setdefault(_key(row), {}).setdefault(name, {})[row["place"]] = row["answers"]
-    overhead = {(row["run_id"], row["pool"]): row["overhead_ms"] for row in _rows(connection, statements["overhead"])}
+    overhead = {(row.pop("run_id"), row.pop("pool")): row for row in _rows(connection, statements["overhead"])}
     found = []
     for key, row in rows.items():
         # Charges without an attempt among those that were read belong to parts that were not.
         if (last_us := row.pop("last_us", None)) is not None:
             last_at = datetime.fromtimestamp(last_us / 1_000_000, UTC)
-            overhead_ms = overhead.get(key[:2], 0)
-            found.append(Deeds(same_job=key[0] in same_job, last_at=last_at, overhead_ms=overhead_ms, **row))
+            row |= {name: value for name, value in overhead.get(key[:2], {}).items() if value is not None}
+            found.append(Deeds(same_job=key[0] in same_job, last_at=last_at, **row))
     return found
 
 

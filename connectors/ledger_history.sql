@@ -124,7 +124,10 @@ WHERE answered AND lots.max_output_tokens > 0
 GROUP BY tried.run_id, tried.pool, tried.model, place;
 
 -- name: overhead
-SELECT run_id, pool, CAST(1000 * sum(quantity) AS BIGINT) AS overhead_ms
+SELECT
+    run_id, pool, CAST(1000 * sum(quantity) AS BIGINT) AS overhead_ms,
+    CAST(1000 * sum(quantity) FILTER (meter = 'setup') AS BIGINT) AS setup_ms,
+    count(*) FILTER (meter = 'setup') AS setups
 FROM charges
 WHERE request_id IS NULL AND meter IN ('setup', 'accelerator_idle_second')
 GROUP BY run_id, pool;

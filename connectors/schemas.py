@@ -54,19 +54,22 @@ LOTS = _schema(
     ("run_id", LABEL), ("lot_id", pa.string()), ("round", pa.int16()), ("model", LABEL), ("placement", LABEL),
     ("tenant", LABEL), ("requests", pa.int64()), ("input_tokens", pa.int64()), ("max_input_tokens", pa.int64()),
     ("ideal_cached_tokens", pa.int64()), ("max_output_tokens", pa.int64()), ("tokens_estimated", pa.bool_()),
-    ("warm_tokens", pa.int64()),
+    ("warm_tokens", pa.int64()), ("reserve", COST),
+    ("urgency", pa.decimal128(7, 6)),
 )  # fmt: skip
 """``input_tokens`` is the lot's sum, ``max_input_tokens`` its longest request, ``max_output_tokens`` the sum of
-n x max_tokens, ``warm_tokens`` the part of the ideal that only a pool has which just served the lot before."""
+n x max_tokens, ``warm_tokens`` the part of the ideal that only a pool has which just served the lot before; ``urgency``
+how little slack it had before the deadline in that round, 0 to 1; ``reserve`` what the house would have given for it
+then rather than see it fail, USD, NULL where nobody might serve it."""
 
 BIDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("eligible", pa.bool_()),
     ("reject_reason", LABEL), ("expected_cached_tokens", pa.int64()), ("expected_output_tokens", pa.int64()),
     ("expected_cost", COST), ("worst_case_cost", COST), ("risk_cost", COST), ("lateness_cost", COST),
     ("finish_at", UTC), ("score", COST), ("price_id", LABEL), ("audit_cost", COST), ("exploration_credit", COST),
-    ("demand_cost", COST),
+    ("demand_cost", COST), ("setup_cost", COST),
 )  # fmt: skip
-"""``score`` = expected + risk + lateness + audit + demand cost - exploration credit, to the last digit."""
+"""``score`` = expected + risk + lateness + audit + demand + setup cost - exploration credit, to the last digit."""
 
 AWARDS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lot_id", pa.string()), ("pool", LABEL), ("score", COST),

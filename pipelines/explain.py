@@ -109,7 +109,7 @@ def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list
 _REQUEST_FIELDS = (
     "source_file", "source_row", "tenant", "placement", "status", "reason", "shared_with", "tags",
 )  # fmt: skip
-_LOT_FIELDS = ("start", "model", "requests", "input_tokens", "ideal_cached_tokens")
+_LOT_FIELDS = ("start", "model", "requests", "input_tokens", "ideal_cached_tokens", "reserve", "urgency")
 _AWARD_FIELDS = ("winner", "runner_up", "payment_rule", "price_paid", "reserved")
 
 _RUNS_OF_REQUEST = """
@@ -145,13 +145,13 @@ _BIDS = """
 SELECT
     pool, eligible, reject_reason, expected_cached_tokens, expected_output_tokens, expected_cost, risk_cost,
     lateness_cost, score, worst_case_cost, finish_at, price_id, audit_cost, exploration_credit,
-    demand_cost
+    demand_cost, setup_cost
 FROM bids
 WHERE run_id = $1 AND round = $2 AND lot_id = $3
 ORDER BY eligible DESC, score NULLS LAST, pool"""
 
 _LOT = """
-SELECT "start", model, requests, input_tokens, ideal_cached_tokens
+SELECT "start", model, requests, input_tokens, ideal_cached_tokens, reserve, urgency
 FROM lots
 WHERE run_id = $1 AND round = $2 AND lot_id = $3"""
 

@@ -60,6 +60,9 @@ def _clearing(it: Clearing) -> Iterator[str]:
         if not bid.eligible:
             yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
     yield f"  {_why(it)}"
+    if it.reserve is not None and it.urgency:
+        pressing = f"{100 * it.urgency:.1f}% of the time to the deadline gone or needed"
+        yield f"  reserve {_money(it.reserve)}, with {pressing}: what the lot was worth rather than see it fail"
     if it.winner is not None:
         yield (
             f"  paid {_money(it.price_paid)} for the lot ({it.payment_rule or 'no rule'}), "
@@ -89,14 +92,14 @@ def _why(it: Clearing) -> str:
 
 
 _BID_HEAD = (
-    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "- exploration", "worst case",
-    "cached", "output", "finishes",
+    "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "+ setup", "- exploration",
+    "worst case", "cached", "output", "finishes",
 )  # fmt: skip
 
 
 def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
-    # An older ledger has no such terms: their columns are then left out.
-    later = (bid.audit_cost, bid.demand_cost, bid.exploration_credit)
+    # An older ledger has no such terms: their columns are then left out. Few pools have anything to set up.
+    later = (bid.audit_cost, bid.demand_cost, bid.setup_cost or None, bid.exploration_credit)
     return (
         {clearing.winner: "*", clearing.runner_up: "2"}.get(bid.pool, ""),
         bid.pool,

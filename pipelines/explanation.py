@@ -14,8 +14,8 @@ from typing import Any
 class Bid:
     """One pool's offer for the lot. All USD; the lowest ``score`` is the best.
 
-    ``score`` = expected + risk + lateness + audit + demand cost - exploration credit; the last three are None in a
-    ledger from before they were scored.
+    ``score`` = expected + risk + lateness + audit + demand + setup cost - exploration credit; the last four are None in
+    a ledger from before they were scored.
     """
 
     pool: str
@@ -33,6 +33,7 @@ class Bid:
     audit_cost: Decimal | None = None
     exploration_credit: Decimal | None = None
     demand_cost: Decimal | None = None
+    setup_cost: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Clearing:
     """One round's auction of the lot that the request was in. ``winner`` None: nobody was awarded the lot.
 
     ``margin`` is the runner-up's score minus the winner's; negative where the clearing gave the cheaper pool's
-    capacity to other lots. ``price_paid`` and ``reserved`` are USD for the whole lot.
+    capacity to other lots. ``price_paid``, ``reserved`` and ``reserve``, what it was worth to the house rather than see
+    it fail, are USD for the whole lot.
     """
 
     round: int
@@ -58,6 +60,9 @@ class Clearing:
     payment_rule: str | None
     price_paid: Decimal | None
     reserved: Decimal | None
+    reserve: Decimal | None = None
+    urgency: Decimal | None = None
+    """How little slack the lot had before the deadline, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)

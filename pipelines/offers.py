@@ -19,6 +19,7 @@ from bidbeam.transforms.run_context import RunContext
 
 if TYPE_CHECKING:
     from bidbeam.transforms.decisions import Decision
+    from bidbeam.transforms.expecting import PoolState
 
 _PPM = 1_000_000
 
@@ -37,7 +38,7 @@ def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]
 
     A try that fails costs what such tries have cost, and the request is then bought again: from the same pool as often
     as that came to an answer before, else from the runner-up. An engine paid by time also loads and idles, as long as
-    it did in earlier runs.
+    it did in earlier runs; a node that none of them rented comes up in the time that it declares.
     """
     awards, bids = decision.tables["awards"], decision.tables["bids"]
     asked = _by_lot_and_pool(bids, "expected_cost")
@@ -60,24 +61,28 @@ def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]
 
 
 def _overhead_cost(context: RunContext, spec: PoolSpec) -> Decimal:
-    seconds = max(
-        (known.overhead_s or 0.0 for model in spec.models if (known := context.known.get((spec.name, model)))),
-        default=0.0,
-    )
+    seen = [known.overhead_s for model in spec.models if (known := context.known.get((spec.name, model)))]
+    # A node that was never rented takes as long to come up as it is said to.
+    seconds = max((each for each in seen if each is not None), default=_state(context, spec).setup_s)
     rate = context.fx_rates.get(spec.price.currency, Decimal(1))
     return spec.price.unit_prices.get("accelerator_second", Decimal(0)) * Decimal(f"{seconds:.3f}") * rate
 
 
-def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal:
-    """The most that all rounds can cost (USD): each request may fail, at its full price, in every round but the last.
+def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal | None:
+    """The most that all rounds can cost (USD): each request may fail, at its full price, in every round but the last;
+    None where nothing bounds it.
 
     In a round it may be charged once by the pool that won it and once by the runner-up, where there is one; whoever
     serves it asks at most the dearest of the lot's worst cases. Engines paid by time may load and
-    idle for as long as a budget lets them; without a budget nothing bounds their time. A budget bounds it all.
+    idle for as long as a budget lets them; without a budget nothing bounds the time of one that may serve a lot. A
+    budget bounds it all.
     """
     from bidbeam.transforms.bid import held_s
 
     awards, bids = decision.tables["awards"], decision.tables["bids"]
+    timed = [spec for spec in context.pools if spec.price.by_time]
+    if context.max_cost is None and any(pc.any(_of(bids, spec.name).column("eligible")).as_py() for spec in timed):
+        return None
     total = sum_decimal(awards.column("reserved"))
     if bids.num_rows:
         worst = bids.select(["lot_id", "worst_case_cost"]).group_by("lot_id")
@@ -86,14 +91,15 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal:
         several = pc.greater(worst.column("worst_case_cost_count"), 1).combine_chunks()
         total += (rounds - 1) * sum_decimal(dearest.drop_null())
         total += rounds * sum_decimal(dearest.filter(several))
-    for spec in context.pools:
-        if spec.price.by_time:
-            rate = context.fx_rates.get(spec.price.currency, Decimal(1))
-            seconds = sum(held_s(number, spec) for number in range(1, rounds + 1)) * spec.capacity.workers
-            # Each model is loaded by engines of its own.
-            seconds *= sum(model in context.models for model in spec.models)
-            total += spec.price.unit_prices["accelerator_second"] * Decimal(seconds) * rate
-    return total if context.max_cost is None else min(total, context.max_cost)
+    if context.max_cost is None:
+        return total
+    for spec in timed:
+        rate = context.fx_rates.get(spec.price.currency, Decimal(1))
+        seconds = sum(held_s(number, spec) for number in range(1, rounds + 1)) * spec.capacity.workers
+        # Each model is loaded by engines of its own.
+        seconds *= sum(model in context.models for model in spec.models)
+        total += spec.price.unit_prices["accelerator_second"] * Decimal(seconds) * rate
+    return min(total, context.max_cost)
 
 
 def _offer(
@@ -132,10 +138,9 @@ def _offer(
 
 def _finish_s(context: RunContext, spec: PoolSpec, won: pa.Array, lots: pa.Table) -> float | None:
     """Seconds from now until the pool is done with its lots; None where its speed is unknown."""
-    from bidbeam.transforms.bid import pool_states
     from bidbeam.transforms.bidding import LotColumns, expected_usage, speed_of
 
-    state = next(each for each in pool_states(context, context.started_at) if each.spec.name == spec.name)
+    state = _state(context, spec)
     here = lots.filter(pc.is_in(lots.column("lot_id"), value_set=won))
     # The ledger's lots have no need of the longest request; it decides nothing here.
     columns = LotColumns.of(here.append_column("longest_tokens", here.column("max_input_tokens")))
@@ -143,7 +148,14 @@ def _finish_s(context: RunContext, spec: PoolSpec, won: pa.Array, lots: pa.Table
     seconds = (usage.uncached + usage.output) / speed_of(columns, state)
     if spec.kind == "batch":
         seconds = np.nan_to_num(seconds, nan=0.0)
-    return None if np.isnan(seconds).any() else float(seconds.sum()) + state.turnaround_s
+    return None if np.isnan(seconds).any() else float(seconds.sum()) + state.turnaround_s + state.loading_s
+
+
+def _state(context: RunContext, spec: PoolSpec) -> PoolState:
+    """The pool as the first round's auction sees it."""
+    from bidbeam.transforms.bid import pool_states
+
+    return next(each for each in pool_states(context, context.started_at) if each.spec.name == spec.name)
 
 
 def _why_not(offered: pa.Table, others: bool) -> str:

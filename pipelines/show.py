@@ -91,7 +91,7 @@ def quote_text(quote: Quote) -> str:
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
     if quote.reserved_cost is not None:
         rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
-    rows.append(("worst case", usd(quote.worst_case_cost) + _against_budget(quote)))
+    rows.append(("worst case", _worst_text(quote)))
     if quote.lp_bound is not None:
         regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
         rows.append(("lower bound", usd(quote.lp_bound) + regret))
@@ -157,11 +157,13 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}%"
 
 
-def _against_budget(quote: Quote) -> str:
+def _worst_text(quote: Quote) -> str:
+    if quote.worst_case_cost is None:
+        return "no bound: engines are paid by time, and no budget is set"
     if quote.budget is None:
-        return "; no budget is set"
+        return f"{usd(quote.worst_case_cost)}; no budget is set"
     fits = "within" if quote.worst_case_cost <= quote.budget else "more than"
-    return f", {fits} the budget of {usd(quote.budget)}"
+    return f"{usd(quote.worst_case_cost)}, {fits} the budget of {usd(quote.budget)}"
 
 
 def _against_deadline(quote: Quote) -> str:

@@ -108,9 +108,11 @@ class Quote:
     dead_invalid: int
     """Rows that would end as dead letters before any pool is asked."""
     expected_cost: Decimal
-    """What the run will cost, by what the ledger's earlier runs showed of its pools and its answers."""
-    worst_case_cost: Decimal
-    """What it cannot cost more than, whatever fails in whichever round. Only a budget bounds engines paid by time."""
+    """What the run will cost, by what the ledger's earlier runs showed of its pools and its answers. How long an engine
+    of ours loads and idles is known once one of them has paid for it."""
+    worst_case_cost: Decimal | None
+    """What it cannot cost more than, whatever fails in whichever round; None: nothing bounds it, because there is no
+    budget, and an engine that may serve is paid by time."""
     pools: tuple[QuotePool, ...] = ()
     lots: int = 0
     reserved_cost: Decimal | None = None

@@ -294,7 +294,8 @@ RULES = (
         FROM bids
         WHERE eligible IS DISTINCT FROM (reject_reason IS NULL) OR worst_case_cost < expected_cost
             OR (eligible AND score IS DISTINCT FROM expected_cost + risk_cost + lateness_cost
-                + coalesce(audit_cost, 0) - coalesce(exploration_credit, 0))""",
+                + coalesce(audit_cost, 0) + coalesce(demand_cost, 0) + coalesce(setup_cost, 0)
+                - coalesce(exploration_credit, 0))""",
     ),
     Rule(
         "awards.pool",

@@ -359,6 +359,7 @@ def draw(ground: Ground, seed: int) -> Run:
         (spec.name, model): Reputation(
             successes=float(r.integers(0, 100)), failures=float(r.integers(0, 5)), answers=100,
             cache_share=float(r.uniform(0, 1)), output_share=float(r.uniform(0.05, 1)),
+            setup_s=float(r.choice([0.0, 0.01, 4.0])) if spec.price.by_time else None,
         )
         for spec in specs for model in spec.models if r.random() < 0.2
     }  # fmt: skip
@@ -366,6 +367,8 @@ def draw(ground: Ground, seed: int) -> Run:
         ground.plan.context,
         pools=tuple(specs),
         max_cost=budget,
+        # Whatever loads has been at it since then.
+        started_at=AT - timedelta(seconds=4),
         deadline_at=None if deadline_ms is None else AT + timedelta(milliseconds=deadline_ms),
         rounds=int(r.integers(1, 4)),
         fx={currency: FxQuote(rate, "drawn", AT) for currency, rate in RATES.items()},

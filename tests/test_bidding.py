@@ -118,7 +118,7 @@ def test_a_rejected_bid_has_a_row_without_money() -> None:
     assert unknown == {
         "expected_cached_tokens", "expected_output_tokens", "expected_cost", "worst_case_cost", "risk_cost",
         "lateness_cost", "finish_at", "score", "audit_cost", "exploration_credit",
-        "demand_cost",
+        "demand_cost", "setup_cost",
     }  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_an_engine_bids_more_as_its_time_is_asked_for_and_charges_the_same(
     assert _row(eager)["demand_cost"] == _row(eager)["expected_cost"] * (least - 1)
 
 
-_ADDED = ("expected_cost", "risk_cost", "lateness_cost", "audit_cost", "demand_cost")
+_ADDED = ("expected_cost", "risk_cost", "lateness_cost", "audit_cost", "demand_cost", "setup_cost")
 
 
 @settings(max_examples=40, deadline=None)

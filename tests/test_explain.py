@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.pipelines.explain import Explanation, explain_request, render_text
 from bidbeam.pipelines.explanation import Clearing, exact_sum
 from bidbeam.pipelines.run import run
+from bidbeam.pipelines.verify import verify_ledger
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -98,7 +100,9 @@ def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
     (clearing,) = found.clearings
     assert {bid.pool for bid in clearing.bids} == {"near", "own"}
     for bid in clearing.bids:
-        terms = (bid.expected_cost, bid.risk_cost, bid.lateness_cost, bid.audit_cost, bid.demand_cost)
+        terms = (
+            bid.expected_cost, bid.risk_cost, bid.lateness_cost, bid.audit_cost, bid.demand_cost, bid.setup_cost,
+        )  # fmt: skip
         assert bid.exploration_credit is not None
         assert exact_sum((*terms, bid.exploration_credit.copy_negate())) == bid.score
         assert bid.expected_cost is not None
@@ -110,6 +114,13 @@ def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
     assert "= expected" in text
     for term in ("+ risk", "+ lateness", "+ audit", "+ demand", "- exploration"):
         assert term in text
+    assert verify_ledger(job.ledger, rehearsals=True).ok
+    # With all the time there is a lot is worth its lowest score; as slack shrinks it is worth more, and that is said.
+    lowest = min(bid.score for bid in clearing.bids if bid.score is not None)
+    assert (clearing.reserve, clearing.urgency) == (lowest, 0)
+    assert "worth" not in text
+    urgent = replace(found, clearings=(replace(clearing, reserve=Decimal("0.25"), urgency=Decimal("0.125")),))
+    assert "reserve 0.25 USD, with 12.5% of the time to the deadline gone or needed" in render_text(urgent)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,10 @@ HOUR = "3.60"  # a tenth of a cent a second
 
 
 def lease_pool(front: RenderFront, node: EndpointDouble, **keys: Any) -> dict[str, Any]:
-    options = {"gpu_tier": "premium", "image": "ghcr.io/example/vllm", "region": "eu-west", "address": node.base_url}
+    options = {
+        "gpu_tier": "premium", "image": "ghcr.io/example/vllm", "region": "eu-west", "address": node.base_url,
+        "turnaround": "1",
+    }  # fmt: skip
     pool: dict[str, Any] = {
         "name": "render",
         "kind": "lease",

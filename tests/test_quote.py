@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from small_jobs import DAY, LATIN, by_the_hour, make_job, prompts, remote, write_job
+from small_jobs import DAY, LATIN, by_the_hour, make_job, prompts, remote, write_job, written
 from tiny_model import tiny_model
 
 from bidbeam.connectors.doubles import OK, EndpointDouble, Reply, Seen
 from bidbeam.connectors.errors import ConfigError, InputError
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.stand_in import StandIn
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.quote import quote_job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.show import quote_text
+from bidbeam.transforms import engines
+from bidbeam.transforms.engines import Slot
+from bidbeam.transforms.run_context import RunContext
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -125,9 +131,15 @@ def test_no_run_costs_more_than_its_quotes_worst_case(rows: list[tuple[str, int,
     if hourly:
         pools.append(by_the_hour("own", capacity={"tokens_per_second": 1}))
     with tempfile.TemporaryDirectory() as scratch:
-        job = make_job(Path(scratch), table, pools, models=models, auction={"rounds": 1})
+        terms: dict[str, Any] = {"models": models, "auction": {"rounds": 1}}
+        if hourly:
+            # Nothing but a budget bounds the time of an engine that may serve.
+            assert quote_job(make_job(Path(scratch), table, pools, **terms)).worst_case_cost is None
+            terms["budget"] = {"max_cost": "1000"}
+        job = make_job(Path(scratch), table, pools, **terms)
         quote = quote_job(job)
         summary = run(job, rehearse=True)
+    assert quote.worst_case_cost is not None
     assert summary.cost <= quote.worst_case_cost
     assert quote.expected_cost <= quote.worst_case_cost
     assert (summary.input_tokens, quote.estimated) == (quote.input_tokens, False)
@@ -190,6 +202,60 @@ def test_after_one_rehearsal_a_quote_of_the_next_is_within_a_tenth(tmp_path: Pat
     assert bill.cost <= quote.worst_case_cost
     assert quote_job(job).pools[0].answers == 0
     assert real.expected_cost * 3 / 2 == pytest.approx(quote_job(job).expected_cost, rel=Decimal("0.1"))
+
+
+class Timed(StandIn):
+    """An engine whose seconds follow its tokens, two hundred of them a second, on a clock of its own."""
+
+    clock_ms = 0
+
+    def poll(self) -> list[pa.RecordBatch]:
+        batches = []
+        for batch in super().poll():
+            cached = pc.divide(batch.column("input_tokens"), 2)
+            computed = pc.subtract(pc.add(batch.column("input_tokens"), batch.column("output_tokens")), cached)
+            Timed.clock_ms += 5 * pc.sum(computed).as_py()
+            batches.append(batch.set_column(batch.schema.get_field_index("cached_tokens"), "cached_tokens", cached))
+        return batches
+
+
+def test_after_one_run_a_quote_of_an_engine_by_the_hour_is_within_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole runs on an engine paid by time, whose seconds are those of its tokens and of loading: the first run shows
+    how fast it is, how short answers are, what its cache finds and how long it loads.
+
+    Seconds of a real processor also hang on what else it does meanwhile, which no quote can know.
+    """
+    loads = iter((15_000, 16_500))
+    monkeypatch.setattr(engines, "clock_ms", lambda: Timed.clock_ms)
+
+    def start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
+        took = next(loads)
+        return Slot(Timed(spec.name), lambda timeout_s: took)
+
+    monkeypatch.setattr(engines, "_start", start)
+    terms: dict[str, Any] = {
+        "models": {"tiny": {"source": tiny_model()}},
+        "sampling": {"max_tokens": 64, "temperature": 0},
+        "budget": {"max_cost": "1"},
+    }
+    pools = [by_the_hour("own", engine={"block_size": 32}, capacity={"concurrency": 8})]
+    first = run(make_job(tmp_path, _half_shared(120, 0), pools, **terms))
+    path = write_job(tmp_path, _half_shared(160, 500), pools, **terms)
+    job = Job.from_yaml(path, run_date=DAY + timedelta(days=1))
+    quote = quote_job(job)
+    bill = run(job)
+    assert (first.served, bill.served) == (120, 160)
+    assert abs(quote.expected_cost - bill.cost) <= bill.cost / 10
+    assert quote.worst_case_cost is not None
+    assert bill.cost <= quote.worst_case_cost <= 1
+    setups = [row["quantity"] for row in written(job).rows("charges") if row["meter"] == "setup"]
+    assert setups == [Decimal("16.5")]
+    (own,) = quote.pools
+    assert own.tokens_per_second == pytest.approx(200, rel=0.01)
+    # It says when it is done, loading included.
+    assert own.finish_s == pytest.approx(15 + float(bill.cost) * 3600 / 0.71 - 16.5, rel=0.1)
 
 
 def test_a_quote_prints_the_market(tmp_path: Path) -> None:

@@ -120,10 +120,11 @@ def test_speed_is_that_of_all_the_concurrency_a_pool_declares() -> None:
 
 def test_an_engine_of_ours_is_as_fast_as_its_own_seconds_say() -> None:
     """Tokens over accelerator seconds, for all its engines; what it loads and idles is expected again."""
-    found = deeds(accelerator_ms=22_000, overhead_ms=90_000)
+    found = deeds(accelerator_ms=22_000, overhead_ms=90_000, setup_ms=60_000, setups=4)
     spec = replace(pool("p", hour="3.60").spec, capacity=Capacity(workers=2))
     seen = reputations([found], [spec], now=NOW)["p", "m"]
-    assert (seen.tokens_per_second, seen.overhead_s) == (1_000.0, 90.0)
+    assert (seen.tokens_per_second, seen.overhead_s, seen.setup_s) == (1_000.0, 90.0, 15.0)
+    assert known(deeds()).setup_s is None
 
 
 def test_varying_runs_widen_the_spread_and_steady_ones_narrow_it() -> None:
@@ -255,14 +256,19 @@ def test_money_is_summed_by_outcome(tmp_path: Path) -> None:
         for name, quantity in (("p0", "10"), ("p1", "20"), ("p2", "5"))
     ]
     idle = charge(RUN, DAY, None, "idle", "p-own", "accelerator_idle_second", "2.500")
+    loads = [
+        {**charge(RUN, DAY, None, name, "p-own", "accelerator_idle_second", took), "meter": "setup"}
+        for name, took in (("s1", "14.000"), ("s2", "16.250"))
+    ]
     busy = charge(RUN, DAY, "q0", "p0", "p-own", "accelerator_second", "1.250")
-    _write(store, rows, charges=[*charges, busy, {**idle, "pool": "p"}])
+    _write(store, rows, charges=[*charges, busy, *({**each, "pool": "p"} for each in (idle, *loads))])
     (found,) = _read(store)
     unit = Decimal("0.0000004")
     assert found.failed_cost == 5 * unit
     assert found.ok_cost - busy["cost"] == 30 * unit
     assert (found.provider_cost, found.compared_cost) == (Decimal("0.5"), 10 * unit + busy["cost"])
-    assert (found.accelerator_ms, found.overhead_ms) == (1250, 2500)
+    assert (found.accelerator_ms, found.overhead_ms) == (1250, 2500 + 30_250)
+    assert (found.setup_ms, found.setups) == (30_250, 2)
 
 
 def test_only_runs_of_near_dates_are_read(tmp_path: Path) -> None:

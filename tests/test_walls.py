@@ -139,6 +139,8 @@ def check_auction(run: Run, decision: Decision, lots: pa.Table, spent: Decimal) 
         shared = sum((task.reserved or Decimal(0) for task in decision.tasks), Decimal(0))
         assert shared <= decision.reserved, "shifts that run side by side may spend the same money"
         left -= sum((award["reserved"] for award in awards), Decimal(0))
+    for reserve in decision.tables["lots"].column("reserve").to_pylist():
+        assert reserve is None or context.max_cost is None or reserve <= max(context.max_cost - spent, 0)
     load: dict[str, float] = dict.fromkeys((spec.name for spec in context.pools), 0.0)
 
     def seconds(lot_id: str, pool: str) -> float:

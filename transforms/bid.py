@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.pvalue import AsList, PCollection, TaggedOutput
@@ -33,6 +32,7 @@ from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift_task import Award, ShiftTask
 from bidbeam.transforms.side_inputs import listed
+from bidbeam.transforms.withdrawing import prefer_untried, without_pools, worth_setting_up
 
 _WAITING, _REFUSED = "waiting", "refused"
 _SETUP_HELD_S, _IDLE_HELD_S = 300.0, 60.0
@@ -118,8 +118,8 @@ class _Clear(beam.DoFn):
         return with_adopted(context, round_, decision, adopted, partial(_terms_by_name, context), lots_table)
 
 
-def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
-    """What the auction knows of each pool."""
+def pool_states(context: RunContext, now: datetime, round_: int = 1) -> list[PoolState]:
+    """What the auction of a round knows of each pool."""
     states = []
     for spec in context.pools:
         blocks = [context.models[model].cache_block for model in spec.models if model in context.models]
@@ -133,7 +133,7 @@ def pool_states(context: RunContext, now: datetime) -> list[PoolState]:
             else (min(known) if spec.kind == "vllm" and known else None),
             cache_block=blocks[0] if blocks and spec.kind == "vllm" else None,
         )
-        states.append(_with_history(context, state))
+        states.append(_setting_up(context, _with_history(context, state), now, round_))
     return states
 
 
@@ -150,6 +150,22 @@ def _with_history(context: RunContext, state: PoolState) -> PoolState:
     return replace(state, of_model=of_model, tokens_per_second=max(limits) if walled else state.tokens_per_second)
 
 
+def _setting_up(context: RunContext, state: PoolState, now: datetime, round_: int) -> PoolState:
+    """The pool with how long it takes until it serves, where earlier runs have seen that.
+
+    A node is rented anew in every round. An engine of ours loads once, from the run's start on.
+    """
+    seen = max((known.setup_s for known in state.of_model.values() if known.setup_s is not None), default=None)
+    if seen is None:
+        return state
+    if state.spec.kind == "lease":
+        return replace(state, turnaround_s=seen, setup_s=seen)
+    if state.spec.kind != "vllm" or round_ > 1:
+        return state
+    passed = (now - context.started_at).total_seconds()
+    return replace(state, loading_s=max(seen - passed, 0.0), setup_s=seen)
+
+
 def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now: datetime) -> Decision:
     """One round of the market over LOT rows in prefix order, with what is left of the budget. Writes nothing."""
     lots = lots.set_column(
@@ -160,7 +176,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
     wanted = set(lots.column("model").to_pylist())
     before = so_far(context.scratch, round_) if round_ > 1 else {}
-    states = pool_states(context, now)
+    states = pool_states(context, now, round_)
     # Who answered from elsewhere declares nothing any more: what restricts where it goes does not go there again.
     states = [
         replace(each, spec=undeclared(each.spec)) if before.get(each.spec.name, SoFar()).strayed else each
@@ -168,11 +184,22 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     ]
     pools, held = _afford_engines(context, round_, states, wanted, budget)
     bids = prefer_untried(
-        make_bids(lots, pools, now=now, deadline=context.deadline_at, rates=context.fx_rates),
+        make_bids(
+            lots,
+            pools,
+            now=now,
+            deadline=context.deadline_at,
+            # What planning took is no part of the market's time.
+            started_at=context.started_at if round_ > 1 else now,
+            rates=context.fx_rates,
+        ),
         lots.column("failed_on").to_pylist(),
         {name for name, pool in before.items() if pool.down},
     )
-    bids, cleared = _cleared(bids, budget, held, context.payment)
+    cleared = worth_setting_up(
+        _cleared(bids, budget, held, context.payment),
+        lambda fewer: _cleared(fewer, budget, held, context.payment),
+    )
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
     left = lots.set_column(
@@ -184,7 +211,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         waiting=left.filter(pa.array([reason is not None and not f for reason, f in zip(reasons, final, strict=True)])),
         refused=left.filter(pa.array(final)),
         tables={
-            "lots": lots_table(context, lots),
+            "lots": lots_table(context, lots, cleared),
             "bids": cleared.bids_table(run_id=context.run_id, round_number=round_),
             "awards": cleared.awards_table(run_id=context.run_id, round_number=round_),
             "auctions": cleared.auction_table(run_id=context.run_id, round_number=round_),
@@ -193,53 +220,20 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     )
 
 
-def _cleared(
-    bids: BidMatrix, budget: Decimal | None, held: dict[str, Decimal], payment: str
-) -> tuple[BidMatrix, Clearing]:
+def _cleared(bids: BidMatrix, budget: Decimal | None, held: dict[str, Decimal], payment: str) -> Clearing:
     """Clears with what is left of the budget (USD) beside what engines are ``held`` for, by pool; where lots wait for
     money, without the engines that won nothing, until what is held is held for those that work."""
     if budget is None:
-        return bids, clear(bids, budget=None, payment=payment)
+        return clear(bids, budget=None, payment=payment)
     bidding = {pool.spec.name for at, pool in enumerate(bids.pools) if bids.eligible[:, at].any()}
     held = {name: cost for name, cost in held.items() if name in bidding}
     while True:
         cleared = clear(bids, budget=budget - sum(held.values(), Decimal(0)), payment=payment)
         idle = [name for name, cost in held.items() if cost and name not in cleared.lots_of]
         if not idle or "budget" not in cleared.unserved.values():
-            return bids, cleared
+            return cleared
         held = {name: cost for name, cost in held.items() if name not in idle}
-        gone = np.array([pool.spec.name in idle for pool in bids.pools], bool)
-        bids = _taken_back(bids, bids.eligible & gone, "capacity")
-
-
-def prefer_untried(bids: BidMatrix, failed_on: Sequence[Sequence[str] | None], down: Collection[str] = ()) -> BidMatrix:
-    """The bids without those of pools that went ``down`` in this run, nor those of pools that a lot's requests have
-    failed on, wherever another pool may serve the lot.
-
-    ``failed_on`` names those pools, by lot. A bid that is taken back is rejected as ``down`` or ``failed``.
-    """
-    gone = np.array([pool.spec.name in down for pool in bids.pools], bool)
-    tried = np.array([[pool.spec.name in (names or ()) for pool in bids.pools] for names in failed_on], bool)
-    for why, out in (("down", np.broadcast_to(gone, tried.shape)), ("failed", tried)):
-        bids = _without(bids, out, why)
-    return bids
-
-
-def _without(bids: BidMatrix, out: npt.NDArray[np.bool_], why: str) -> BidMatrix:
-    """The bids without some, (lots, pools), wherever another is left for the lot."""
-    out = out & bids.eligible & (bids.eligible & ~out).any(axis=1, keepdims=True)
-    return _taken_back(bids, out, why) if out.any() else bids
-
-
-def _taken_back(bids: BidMatrix, out: npt.NDArray[np.bool_], why: str) -> BidMatrix:
-    """The bids without some, (lots, pools), which are eligible."""
-    return replace(
-        bids,
-        reject=tuple(pc.if_else(pa.array(out[:, at]), why, reason) for at, reason in enumerate(bids.reject)),
-        eligible=bids.eligible & ~out,
-        score=np.where(out, np.inf, bids.score),
-        saving=np.where(out, 0.0, bids.saving),
-    )
+        bids = without_pools(bids, idle, "capacity")
 
 
 def _terms_by_name(context: RunContext, pool: str, model: str) -> Terms:
@@ -362,12 +356,16 @@ def _afford_engines(
     return kept, held
 
 
-def lots_table(context: RunContext, lots: pa.Table) -> pa.Table:
-    """The ledger's LOTS of one round."""
+def lots_table(context: RunContext, lots: pa.Table, cleared: Clearing | None = None) -> pa.Table:
+    """The ledger's LOTS of one round; ``cleared`` None: they were not auctioned."""
+    nothing = pa.nulls(lots.num_rows)
+    given = {
+        "run_id": pa.repeat(context.run_id, lots.num_rows),
+        "reserve": nothing if cleared is None else cleared.reserve,
+        "urgency": nothing if cleared is None else pa.array(np.round(cleared.bids.urgency, 6)),
+    }
     columns = [
-        pa.chunked_array([pa.repeat(context.run_id, lots.num_rows)]).cast(field.type)
-        if field.name == "run_id"
-        else lots.column(field.name).cast(field.type)
+        (pa.chunked_array([given[field.name]]) if field.name in given else lots.column(field.name)).cast(field.type)
         for field in LOTS
     ]
     return pa.Table.from_arrays(columns, schema=LOTS)

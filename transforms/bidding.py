@@ -44,7 +44,10 @@ from bidbeam.transforms.scoring import (
     explored,
     lateness_ppm,
     ppm,
+    risk_ppm,
     rule_text,
+    setup_ppm,
+    urgency,
 )
 
 __all__ = [
@@ -101,6 +104,10 @@ class BidMatrix:
     """Time a lot alone takes on the pool; nan where its speed is unknown."""
     now: datetime
     deadline: datetime | None
+    urgency: Floats
+    """How little slack each lot has before the deadline, 0 to 1, (lots,)."""
+    setup_ppm: Ints
+    """What each pool's set-up adds to each of its bids, (pools,)."""
 
     def expected_cost(self, pool: int, warm: Bools | None = None) -> pa.Array:
         """Expected bill in USD per lot (COST) on one pool, null where it has no rate."""
@@ -116,7 +123,7 @@ class BidMatrix:
 
     def risk_cost(self, pool: int, expected: pa.Array) -> pa.Array:
         """Expected cost of failures (COST): what a lot costs again, with what its failed attempts are charged."""
-        return parts_per_million(expected, _risk_ppm(self.lots, self.pools[pool]))
+        return parts_per_million(expected, _risk_ppm(self.lots, self.pools[pool], self.urgency))
 
     def lateness_cost(self, pool: int, expected: pa.Array) -> pa.Array:
         """What it is worth (COST) that the lot may not be done before the deadline."""
@@ -131,6 +138,10 @@ class BidMatrix:
         share = _demand_ppm(self.lots, self.pools[pool], self.now, self.deadline, self.seconds[:, pool])
         return parts_per_million(expected, np.full(len(self.lots), share, dtype=np.int64))
 
+    def setup_cost(self, pool: int, expected: pa.Array) -> pa.Array:
+        """Each lot's share (COST) of what it costs to set the pool up."""
+        return parts_per_million(expected, np.full(len(self.lots), self.setup_ppm[pool], dtype=np.int64))
+
     def exploration_credit(self, pool: int, expected: pa.Array) -> pa.Array:
         """How much lower (COST) a newcomer's bid is scored where it may show what it can."""
         return parts_per_million(expected, _explore_ppm(self.lots, self.pools, pool))
@@ -138,7 +149,7 @@ class BidMatrix:
     def score_of(self, pool: int, expected: pa.Array) -> pa.Array:
         """The exact score (COST) of bids with these expected costs: the sum of the published terms."""
         score = expected
-        for term in (self.risk_cost, self.lateness_cost, self.audit_cost, self.demand_cost):
+        for term in (self.risk_cost, self.lateness_cost, self.audit_cost, self.demand_cost, self.setup_cost):
             score = pc.add(score.cast(_SUMMAND), term(pool, expected).cast(_SUMMAND))
         credit = self.exploration_credit(pool, expected)
         return pc.subtract(score.cast(_SUMMAND), credit.cast(_SUMMAND))
@@ -208,6 +219,7 @@ class BidMatrix:
                 offered(self.audit_cost(pool, expected)),
                 offered(self.exploration_credit(pool, expected)),
                 offered(self.demand_cost(pool, expected)),
+                offered(self.setup_cost(pool, expected)),
             ],
             schema=BIDS,
         )
@@ -223,10 +235,11 @@ def _ppm_by_lot(lots: LotColumns, pool: PoolState, otherwise: int, pick: Callabl
     return by_lot(lots, pool, otherwise, lambda known: ppm(pick(known))).astype(np.int64)
 
 
-def _risk_ppm(lots: LotColumns, pool: PoolState) -> Ints:
+def _risk_ppm(lots: LotColumns, pool: PoolState, pressing: Floats) -> Ints:
     """Without a ledger's word: the mean of a Beta(0, 1) prior updated with what happened, 0 until something failed."""
     rate = pool.failures / (pool.successes + pool.failures + 1)
-    return _ppm_by_lot(lots, pool, ppm(rate), lambda known: known.failure_rate * (1 + known.failed_cost))
+    fails = by_lot(lots, pool, rate, lambda known: known.failure_rate)
+    return risk_ppm(fails, by_lot(lots, pool, 0.0, lambda known: known.failed_cost), pressing)
 
 
 def _audit_ppm(lots: LotColumns, pool: PoolState) -> Ints:
@@ -236,14 +249,13 @@ def _audit_ppm(lots: LotColumns, pool: PoolState) -> Ints:
 def _lateness_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: datetime | None, seconds: Floats) -> Ints:
     if deadline is None:
         return np.zeros(len(lots), dtype=np.int64)
-    wait = (max(pool.available_from, now) - now).total_seconds()
     # However fast a pool is in all, a lot is not done before its requests are.
     waits = pool.spec.kind == "batch"
     latency = np.zeros(len(lots)) if waits else by_lot(lots, pool, 0.0, lambda known: known.latency_p95_s)
     spread = by_lot(lots, pool, 0.0, lambda known: known.spread)
     duration = np.maximum(np.nan_to_num(seconds, nan=0.0), latency)
-    left = (deadline - now).total_seconds() - wait
-    return lateness_ppm(duration, spread, pool.turnaround_s, left)
+    left = (deadline - now).total_seconds() - _wait_s(pool, now)
+    return lateness_ppm(duration, spread, pool.turnaround_s + pool.loading_s, left)
 
 
 def _demand_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: datetime | None, seconds: Floats) -> int:
@@ -255,6 +267,15 @@ def _demand_ppm(lots: LotColumns, pool: PoolState, now: datetime, deadline: date
     asked = seconds[np.asarray(pc.is_in(lots.model, value_set=models))]
     left = None if deadline is None else (deadline - max(now, pool.available_from)).total_seconds()
     return demand_ppm(demand, float(np.nansum(asked)), left)
+
+
+def _setup_ppm(lots: LotColumns, pool: PoolState, usage: Usage, may: Bools) -> int:
+    """Of engines paid by time, one to a model and worker; what they cost is shared by all lots that they may serve."""
+    if not pool.setup_s or not pool.spec.price.by_time:
+        return 0
+    models = len(pc.unique(lots.model.filter(pa.array(may))))
+    engines = pool.spec.capacity.workers if pool.spec.kind == "vllm" else 1
+    return setup_ppm(pool.setup_s * engines * models, float(usage.milliseconds[may].sum()) / 1000)
 
 
 def _explore_ppm(lots: LotColumns, pools: Sequence[PoolState], at: int) -> Ints:
@@ -277,7 +298,7 @@ def finish_times(pool: PoolState, now: datetime, seconds: Floats) -> pa.Array:
         seconds = np.nan_to_num(seconds, nan=0.0)
     start = max(now, pool.available_from)
     micros = np.where(np.isnan(seconds), 0, np.ceil(seconds * 1e6)).astype(np.int64) + int(
-        (start.timestamp() + pool.turnaround_s) * 1_000_000
+        (start.timestamp() + pool.turnaround_s + pool.loading_s) * 1_000_000
     )
     return pa.array(micros, mask=np.isnan(seconds)).cast(UTC)
 
@@ -288,48 +309,80 @@ def make_bids(
     *,
     now: datetime,
     deadline: datetime | None = None,
+    started_at: datetime | None = None,
     rates: Mapping[str, Decimal] | None = None,
 ) -> BidMatrix:
     """Every pool's bid for every lot; ``rates`` are USD per unit of each currency other than USD.
 
     A pool that may not serve a lot says why: ``model``, ``placement:<label>``, ``price`` (a currency without a rate),
     ``capacity`` (a speed of zero), ``too_long``, ``deadline`` (not even alone in time); the first of these that holds.
-    Raises ConfigError for a placement that cannot be read.
+    ``started_at`` is when the time to the deadline began to run, None: now. Raises ConfigError for a placement that
+    cannot be read.
     """
-    columns, shape = LotColumns.of(lots), (lots.num_rows, len(pools))
-    score, saving, seconds = np.full(shape, np.inf), np.zeros(shape), np.full(shape, np.nan)
-    may = np.zeros(shape, dtype=np.bool_)
-    everything_warm = np.ones(lots.num_rows, dtype=np.bool_)
-    everything_warm[:1] = False
-    reject, known_rates = [], []
     if len({pool.spec.name for pool in pools}) < len(pools):
         raise ConfigError("two pools have the same name", key="pools", expected="names that differ")
-    for at, pool in enumerate(pools):
-        rate = rate_of(pool.spec.price.currency, rates or {})
-        known_rates.append(rate)
+    columns, shape = LotColumns.of(lots), (lots.num_rows, len(pools))
+    score, saving, seconds = np.full(shape, np.inf), np.zeros(shape), np.full(shape, np.nan)
+    may, some_day = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    everything_warm = np.ones(lots.num_rows, dtype=np.bool_)
+    everything_warm[:1] = False
+    reject = []
+    known_rates = [rate_of(pool.spec.price.currency, rates or {}) for pool in pools]
+    setup = np.zeros(len(pools), dtype=np.int64)
+    left_s = None if deadline is None else (deadline - now).total_seconds()
+    for at, (pool, rate) in enumerate(zip(pools, known_rates, strict=True)):
         cold, warm = expected_usage(columns, pool), expected_usage(columns, pool, everything_warm)
-        wait, late = (max(pool.available_from, now) - now).total_seconds(), np.inf
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds[:, at] = (cold.uncached + cold.output) / speed_of(columns, pool)
-        if deadline is not None:
-            late = (deadline - now).total_seconds()
         # A speed that nobody declared and no refusal confirmed may make a bid dear, but keeps no pool from bidding.
         walled = np.nan_to_num(seconds[:, at], nan=0.0) if pool.tokens_per_second else np.zeros(len(columns))
-        reasons = _reject_reasons(columns, pool, rate, finish=wait + pool.turnaround_s + walled, late=late)
+        finish = _wait_s(pool, now) + pool.turnaround_s + walled
+        reasons = _reject_reasons(columns, pool, rate, finish=finish, late=np.inf if left_s is None else left_s)
         reject.append(reasons)
         may[:, at] = np.asarray(pc.is_null(reasons))
+        some_day[:, at] = may[:, at] | np.asarray(pc.fill_null(pc.equal(reasons, "deadline"), False))
+        setup[at] = _setup_ppm(columns, pool, cold, may[:, at])
         if rate is not None:
-            added = (
-                _risk_ppm(columns, pool)
-                + _lateness_ppm(columns, pool, now, deadline, seconds[:, at])
-                + _audit_ppm(columns, pool)
-                + _demand_ppm(columns, pool, now, deadline, seconds[:, at])
-                - _explore_ppm(columns, pools, at)
-            )
-            weight = 1 + added / PPM
-            cost = bill_float(cold, pool.spec.price, rate) * weight
-            score[:, at] = np.where(may[:, at], cost, np.inf)
-            saving[:, at] = np.maximum(cost - bill_float(warm, pool.spec.price, rate) * weight, 0.0)
+            score[:, at] = bill_float(cold, pool.spec.price, rate)
+            saving[:, at] = score[:, at] - bill_float(warm, pool.spec.price, rate)
+    # As if nobody were too late: a pool that no longer makes it must not lighten what the others have to do.
+    delay_s = np.array([_wait_s(pool, now) + pool.turnaround_s + pool.loading_s for pool in pools])
+    pressing = urgency(seconds, delay_s, some_day, left_s=left_s, gone=_gone(now, deadline, started_at))
+    for at, pool in enumerate(pools):
+        added = (
+            _risk_ppm(columns, pool, pressing)
+            + _lateness_ppm(columns, pool, now, deadline, seconds[:, at])
+            + _audit_ppm(columns, pool)
+            + _demand_ppm(columns, pool, now, deadline, seconds[:, at])
+            + setup[at]
+            - _explore_ppm(columns, pools, at)
+        )
+        weight = 1 + added / PPM
+        saving[:, at] = np.maximum(saving[:, at] * weight, 0.0)
+        score[:, at] = np.where(may[:, at], score[:, at] * weight, np.inf)
     return BidMatrix(
-        columns, tuple(pools), tuple(known_rates), tuple(reject), may, score, saving, seconds, now, deadline
+        lots=columns,
+        pools=tuple(pools),
+        rates=tuple(known_rates),
+        reject=tuple(reject),
+        eligible=may,
+        score=score,
+        saving=saving,
+        seconds=seconds,
+        now=now,
+        deadline=deadline,
+        urgency=pressing,
+        setup_ppm=setup,
     )
+
+
+def _wait_s(pool: PoolState, now: datetime) -> float:
+    return (max(pool.available_from, now) - now).total_seconds()
+
+
+def _gone(now: datetime, deadline: datetime | None, started_at: datetime | None) -> float:
+    """The share of the time from ``started_at`` to the deadline that has passed."""
+    if deadline is None or started_at is None:
+        return 0.0
+    whole = (deadline - started_at).total_seconds()
+    return (now - started_at).total_seconds() / whole if whole > 0 else 1.0

@@ -14,17 +14,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import ROUND_DOWN, Context, Decimal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bidbeam.connectors.errors import ConfigError
-from bidbeam.connectors.schemas import AUCTIONS, AWARDS
+from bidbeam.connectors.schemas import AUCTIONS, AWARDS, COST
 from bidbeam.transforms.allocation import allocate, lower_bound, shortest_horizon
 from bidbeam.transforms.bidding import BidMatrix, finish_times
 from bidbeam.transforms.market import UNSERVED, Floats, Ints, Market, unserved_cost
 from bidbeam.transforms.payments import PAYMENT_RULES, Awarded, PaymentRule, exact, pay_as_bid
+from bidbeam.transforms.pricing import parts_per_million
+from bidbeam.transforms.scoring import reserve_ppm
 
 DEFAULT_SLACK = 1.25
 
@@ -54,6 +57,22 @@ class Clearing:
     objective: Decimal
     lp_bound: Decimal | None
     regret: Decimal | None
+    budget: Decimal | None
+    """What there was to reserve (USD); None: no wall."""
+
+    @property
+    def reserve(self) -> pa.Array:
+        """What the house would give for each lot in this round rather than see it fail (COST; see ``scoring``), null
+        where nobody may serve it."""
+        best = np.argmin(self.bids.score, axis=1) if self.bids.pools else np.zeros(len(self.bids.lots), np.int64)
+        best = np.where(self.bids.eligible.any(axis=1), best, UNSERVED)
+        least = exact(self.bids, best, np.full_like(best, UNSERVED), "score")
+        worth = parts_per_million(pa.array(least, COST), reserve_ppm(self.bids.urgency))
+        if self.budget is None:
+            return worth
+        # What engines are held back leaves more places than money is written with.
+        left = pa.scalar(self.budget.quantize(Decimal("1e-18"), ROUND_DOWN, Context(prec=60)), COST)
+        return pc.if_else(pc.greater(worth, left), left, worth)
 
     @property
     def lots_of(self) -> dict[str, tuple[int, ...]]:
@@ -182,6 +201,7 @@ def clear(
         objective=objective,
         lp_bound=bound,
         regret=regret,
+        budget=budget,
     )
 
 
@@ -202,7 +222,8 @@ def _market(bids: BidMatrix, slack: float | None) -> tuple[Market, bool]:
     )
     if bids.deadline is not None:
         starts = [max(bids.now, pool.available_from) for pool in bids.pools]
-        left = [max((bids.deadline - start).total_seconds(), 0.0) for start in starts]
+        waits = [pool.turnaround_s for pool in bids.pools]
+        left = [max((bids.deadline - at).total_seconds() - wait, 0.0) for at, wait in zip(starts, waits, strict=True)]
         return market.within(np.where(unbounded, np.inf, left)), False
     if slack is None or unbounded.all() or not len(lots):
         return market, False

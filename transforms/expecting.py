@@ -58,6 +58,10 @@ class PoolState:
     """Tokens that the engine caches as a whole; None for a remote pool."""
     turnaround_s: float = 0.0
     """Seconds before the first answer can be expected: a node that has to start, a batch that has to wait its turn."""
+    loading_s: float = 0.0
+    """Seconds until an engine of ours serves, as earlier runs saw it load: it makes a bid late, but is no wall."""
+    setup_s: float = 0.0
+    """Seconds of each engine paid by time that pass, and are paid for, before it serves anything."""
     of_model: Mapping[str, Reputation] = field(default_factory=dict)
 
 
@@ -71,6 +75,7 @@ def prior_state(
     """
     sells_cache = "cached_input" in spec.price.unit_prices
     share = 1.0 if spec.kind in ("vllm", "lease") else REMOTE_CACHE_SHARE * sells_cache
+    turnaround_s = _turnaround_s(spec)
     return PoolState(
         spec=spec,
         context=spec.context if context is None else context,
@@ -79,7 +84,8 @@ def prior_state(
         tokens_per_second=spec.capacity.tokens_per_second,
         available_from=now,
         cache_block=cache_block,
-        turnaround_s=_turnaround_s(spec),
+        turnaround_s=turnaround_s,
+        setup_s=turnaround_s if spec.kind == "lease" else 0.0,
     )
 
 

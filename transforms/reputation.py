@@ -84,6 +84,8 @@ class Reputation:
     """Share of its answers that plainly name another model than was asked for; None: never compared."""
     overhead_s: float | None = None
     """Seconds of loading and idling that a run pays an engine for; None where the pool is not paid by time."""
+    setup_s: float | None = None
+    """Seconds until one of its engines serves: loading it, or renting the node; None: never seen."""
     newcomer: bool = False
 
     @property
@@ -165,6 +167,7 @@ def _of_pool(spec: PoolSpec, of_model: Weighed) -> Reputation:
         excess=_excess(mine),
         misnamed=_ratio(mine, lambda d: d.misnamed, lambda d: d.named),
         overhead_s=_overhead(spec, both or mine),
+        setup_s=_scaled(_ratio(mine, lambda d: d.setup_ms, lambda d: d.setups), 1e-3),
     )
 
 

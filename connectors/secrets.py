@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,7 +34,7 @@ _SHAPES = re.compile(
     """,
     re.VERBOSE,
 )
-_BEARER = re.compile(r"\bbearer\s+[A-Za-z0-9._~+/*-]{8,}=*", re.IGNORECASE)
+_BEARER = re.compile(r"\bbearer\s+(?P<bearer>[A-Za-z0-9._~+/*-]{8,}=*)", re.IGNORECASE)
 _IN_URL = re.compile(
     r"://[^/?#\s@]+:[^/?#\s@]+@"  # user:password@host
     r"|[?&](?:[a-z0-9_-]*(?:key|token|secret|password|signature)|sig)=[^&\s]+",
@@ -85,13 +86,18 @@ def mask(text: str, secrets: Iterable[str] = ()) -> str:
     """``text`` with every one of ``secrets``, every piece of 8 or more of their characters, and whatever has the shape
     of a key replaced by ``***``; also where a secret stands in base64 or escaped for a URL.
     """
+    # All are looked for in the text as it came: what one of them hides may be a part of what another has to find.
+    hidden = bytearray(len(text))
+    for found in (*_SHAPES.finditer(text), *_BEARER.finditer(text)):
+        start, end = found.span("bearer") if "bearer" in found.re.groupindex else found.span()
+        hidden[start:end] = b"\1" * (end - start)
     for secret in secrets:
         if not secret or _pieces(secret).isdisjoint(text[at : at + _width(secret)] for at in range(len(text))):
             continue
         for spelling in _spellings(secret):
-            text = _mask_pieces(text, spelling)
-    text = _SHAPES.sub(MASK, text)
-    return _BEARER.sub(f"Bearer {MASK}", text)
+            _hide_pieces(text, spelling, hidden)
+    runs = groupby(zip(text, hidden, strict=True), key=lambda pair: pair[1])
+    return "".join(MASK if secret else "".join(char for char, _ in run) for secret, run in runs)
 
 
 def known_secrets(*, environment: bool) -> tuple[str, ...]:
@@ -136,18 +142,12 @@ def _spellings(secret: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((secret, quote(secret, safe=""), *plain, *websafe)))
 
 
-def _mask_pieces(text: str, secret: str) -> str:
+def _hide_pieces(text: str, secret: str, hidden: bytearray) -> None:
+    """Marks in ``hidden`` where pieces of a secret stand in ``text``."""
     width = _width(secret)
-    kept: list[str] = []
-    hidden_until = 0
-    for start in range(len(text)):
-        if text[start : start + width] in secret and start + width <= len(text):
-            if start >= hidden_until:
-                kept.append(MASK)
-            hidden_until = start + width
-        if start >= hidden_until:
-            kept.append(text[start])
-    return "".join(kept)
+    for start in range(len(text) - width + 1):
+        if text[start : start + width] in secret:
+            hidden[start : start + width] = b"\1" * width
 
 
 def looks_like_secret(text: str, key: str = "") -> bool:

@@ -838,6 +838,12 @@ def test_knows_a_secret_when_it_sees_one(text: str, key: str, secret: bool) -> N
     assert looks_like_secret(text, key) is secret
 
 
+def test_what_is_known_hides_no_part_of_what_is_not() -> None:
+    """A key that begins like one of ours is hidden whole, though it is not ours."""
+    other = "sk-proj-anotherteamskey0123456789"
+    assert mask(f"bad key {other}, really", ["sk-proj-ourownkey0000000"]) == "bad key ***, really"
+
+
 @given(st.text(), st.text(min_size=1))
 def test_mask_hides_the_secret(text: str, secret: str) -> None:
     """No secret survives masking, wherever it stands."""

@@ -233,8 +233,8 @@ def read_body(body: Any) -> dict[str, Any]:
     if isinstance(body, bytes):
         body = body.decode("utf-8", "replace")
     try:
-        line = parse_json(body)
-    except (ValueError, TypeError):
+        line = parse_json(body) if isinstance(body, str) else None
+    except ValueError:
         line = None
     if not isinstance(line, dict):
         raise BadMessages("is not a JSON object")

@@ -20,6 +20,7 @@ from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.schemas import LOTS
 from bidbeam.transforms import decisions
 from bidbeam.transforms.adopting import adopt, with_adopted
+from bidbeam.transforms.affinity import with_holders
 from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_state
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
@@ -200,6 +201,7 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         _cleared(bids, budget, held, context.payment),
         lambda fewer: _cleared(fewer, budget, held, context.payment),
     )
+    lots = with_holders(lots, cleared.pool_of, [pool.spec.name for pool in cleared.bids.pools])
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
     left = lots.set_column(

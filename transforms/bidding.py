@@ -2,7 +2,7 @@
 
 A pure function from a table of lots and the states of pools to matrices of shape (lots, pools). The score of a bid is
 money: the expected bill and what ``scoring`` adds to it. A pool bids *cold*; where it also wins the lot before, whose
-prefix this one continues, it bids *warm* (see ``BidMatrix.warm_where``).
+prefix this one continues, or has served that in an earlier round, it bids *warm* (see ``affinity``).
 """
 
 from __future__ import annotations
@@ -163,9 +163,10 @@ class BidMatrix:
         return _lateness_ppm(self.lots, self.pools[pool], self.now, self.deadline, self.seconds[:, pool])
 
     def warm_where(self, awarded: Ints) -> Bools:
-        """Which bids are warm, (lots, pools): the pool has been awarded the lot before. ``awarded`` is -1 for none."""
+        """Which bids are warm, (lots, pools): the pool has been awarded what the lot follows. ``awarded`` is -1 for
+        none."""
         warm = np.zeros(self.eligible.shape, dtype=np.bool_)
-        before = np.flatnonzero(awarded[:-1] >= 0)
+        before = np.flatnonzero((awarded[:-1] >= 0) & self.lots.follows[1:])
         warm[before + 1, awarded[before]] = True
         return warm
 
@@ -324,14 +325,12 @@ def make_bids(
     columns, shape = LotColumns.of(lots), (lots.num_rows, len(pools))
     score, saving, seconds = np.full(shape, np.inf), np.zeros(shape), np.full(shape, np.nan)
     may, some_day = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
-    everything_warm = np.ones(lots.num_rows, dtype=np.bool_)
-    everything_warm[:1] = False
     reject = []
     known_rates = [rate_of(pool.spec.price.currency, rates or {}) for pool in pools]
     setup = np.zeros(len(pools), dtype=np.int64)
     left_s = None if deadline is None else (deadline - now).total_seconds()
     for at, (pool, rate) in enumerate(zip(pools, known_rates, strict=True)):
-        cold, warm = expected_usage(columns, pool), expected_usage(columns, pool, everything_warm)
+        cold, warm = expected_usage(columns, pool), expected_usage(columns, pool, columns.follows)
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds[:, at] = (cold.uncached + cold.output) / speed_of(columns, pool)
         # A speed that nobody declared and no refusal confirmed may make a bid dear, but keeps no pool from bidding.

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.batch_options import read_options
 from bidbeam.connectors.lease_terms import LeaseTerms
 from bidbeam.connectors.pools import PoolSpec
+from bidbeam.transforms.affinity import follows
 from bidbeam.transforms.pricing import Floats, Ints, Usage
 from bidbeam.transforms.reputation import Reputation
 
@@ -111,11 +112,16 @@ class LotColumns:
     max_output: Ints
     longest: Ints
     estimated: Bools
+    follows: Bools
+    """Whether a lot begins right behind the one in the row before."""
+    held_by: pa.Array
+    """The pool that has served what comes right before a lot, in an earlier round; null: nobody."""
 
     @classmethod
     def of(cls, lots: pa.Table) -> LotColumns:
         """From a table with lot_id, model, placement, requests, input_tokens, ideal_cached_tokens, warm_tokens,
-        max_output_tokens, longest_tokens and tokens_estimated; rows in prefix order."""
+        max_output_tokens, longest_tokens and tokens_estimated; rows in prefix order. Without range, end, before and
+        held_by every lot follows the one in the row before."""
 
         def ints(name: str) -> Ints:
             return np.asarray(lots.column(name), dtype=np.int64)
@@ -123,6 +129,7 @@ class LotColumns:
         def text(name: str) -> pa.Array:
             return pa.array(lots.column(name).combine_chunks().cast(pa.string()))
 
+        placed = "before" in lots.column_names
         return cls(
             lot_id=text("lot_id"),
             model=text("model"),
@@ -134,6 +141,8 @@ class LotColumns:
             max_output=ints("max_output_tokens"),
             longest=ints("longest_tokens"),
             estimated=np.asarray(lots.column("tokens_estimated").combine_chunks().fill_null(True), dtype=np.bool_),
+            follows=follows(lots) if placed else np.arange(lots.num_rows) > 0,
+            held_by=text("held_by") if placed else pa.nulls(lots.num_rows, pa.string()),
         )
 
     def __len__(self) -> int:
@@ -146,8 +155,10 @@ class LotColumns:
 
 
 def expected_usage(lots: LotColumns, pool: PoolState, warm: Bools | None = None) -> Usage:
-    """What each lot is expected to use of the pool; ``warm`` (lots,) marks those that follow the lot before on it."""
-    reusable = lots.ideal_cached - lots.warm if warm is None else lots.ideal_cached - np.where(warm, 0, lots.warm)
+    """What each lot is expected to use of the pool; ``warm`` (lots,) marks those that follow the lot before on it.
+    What it has served right before a lot in an earlier round is warm in any case."""
+    held = np.asarray(pc.equal(lots.held_by, pool.spec.name).fill_null(False))
+    reusable = lots.ideal_cached - np.where(held if warm is None else held | warm, 0, lots.warm)
     cache_share = by_lot(lots, pool, float(pool.cache_share), lambda known: known.cache_share)
     output_share = by_lot(lots, pool, float(pool.output_share), lambda known: known.output_share)
     input_ = np.minimum(_counted_input(lots, pool), _worst_input(lots, pool))

@@ -42,10 +42,11 @@ class _Left:
 
 
 class Leftovers:
-    """Of the shift of one round. ``lots`` are all lots that it was given, by id, filled in as it opens them."""
+    """Of the shift of one round. ``lots`` are all lots that it was given, by id, filled in as it opens them; ``won``
+    says which pool was awarded each."""
 
-    def __init__(self, context: RunContext, round_: int, lots: Mapping[str, Lot]) -> None:
-        self._context, self._round, self._lots = context, round_, lots
+    def __init__(self, context: RunContext, round_: int, lots: Mapping[str, Lot], won: Mapping[str, str]) -> None:
+        self._context, self._round, self._lots, self._won = context, round_, lots, won
         self._failed: dict[_LotTry, _Left] = {}
         self._unsent: dict[_LotTry, _Left] = {}
         self._retries = Retries()
@@ -134,8 +135,12 @@ class Leftovers:
             orders[lot["range"]] = read_order(self._context, lot["range"])
         order = orders[lot["range"]]
         places = np.unique(np.concatenate(left.tags)) & 0xFFFFFFFF
+        part = part_of_lot(self._context, lot, order, places)
+        # What comes before a part of a lot is the rest of it.
+        held_by = lot["held_by"] if part["before"] == lot["before"] else self._won.get(lot["lot_id"])
         return {
-            **part_of_lot(self._context, lot, order, places),
+            **part,
+            "held_by": held_by,
             "round": self._round + 1,
             "attempt_no": lot["attempt_no"] + (1 if tried else 0),
             "last_error": left.why,

@@ -31,6 +31,8 @@ LOT = pa.schema(
         pa.field("range", pa.int32()),
         pa.field("start", pa.int32()),
         pa.field("end", pa.int32()),
+        pa.field("before", pa.int32()),  # the place that comes before it in the plan; -1: none in its range
+        pa.field("held_by", pa.string()),  # the pool that was awarded that place in an earlier round; null: nobody
         pa.field("places", pa.large_binary()),  # little-endian uint32 places of the range, in order
         pa.field("attempt_no", pa.int16()),  # which attempt at each of its requests comes next, from 1
         pa.field("last_error", pa.string()),  # the class of error that left it unserved in the round before
@@ -108,6 +110,8 @@ def lots_of_places(
                 "range": range_,
                 "start": int(places[start]),
                 "end": int(places[end - 1]) + 1,
+                "before": int(places[start - 1]) if start else -1,
+                "held_by": None,
                 "places": places[start:end].astype("<u4").tobytes(),
                 "attempt_no": 1,
                 "last_error": None,
@@ -119,6 +123,10 @@ def lots_of_places(
 
 def part_of_lot(context: RunContext, lot: Mapping[str, Any], order: pa.Table, places: Int64s) -> dict[str, Any]:
     """The row of a LOT table for some places of a lot, ascending, with its other columns as they are."""
+    whole = lot_places(lot["places"])
+    first = int(np.searchsorted(whole, places[0]))
+    before = int(whole[first - 1]) if first else lot["before"]
+    shared = shared_with_previous(order, places if before < 0 else np.concatenate([[before], places]))
     here = order.take(pa.array(places))
     tokens = here.column("input_tokens").to_numpy().astype(np.int64)
     answer = here.column("max_tokens").to_numpy().astype(np.int64)
@@ -126,9 +134,10 @@ def part_of_lot(context: RunContext, lot: Mapping[str, Any], order: pa.Table, pl
     block = context.models[lot["model"]].cache_block
     return {
         **{field.name: lot[field.name] for field in LOT},
-        **lot_statistics(tokens, answer, output, shared_with_previous(order, places), block),
+        **lot_statistics(tokens, answer, output, shared[-len(places) :], block),
         "start": int(places[0]),
         "end": int(places[-1]) + 1,
+        "before": before,
         "places": places.astype("<u4").tobytes(),
     }
 

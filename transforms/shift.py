@@ -106,7 +106,7 @@ class Shift:
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
-        self._left = Leftovers(context, task.round, self._lots)
+        self._left = Leftovers(context, task.round, self._lots, self._won)
         self._slots: dict[tuple[str, str, int], Slot] = {}
 
     def run(self) -> Iterator[ShiftResult]:

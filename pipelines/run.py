@@ -195,6 +195,7 @@ def summary(
         started=datetime.fromisoformat(manifest["started_at"]),
         exit_code=0 if complete else 3,
         rehearsal=rehearse,
+        wasted=Decimal(manifest.get("wasted", 0)),
         truncated=manifest.get("truncated", 0),
         other_models=dict(manifest.get("other_models", {})),
     )

@@ -29,6 +29,8 @@ def summary_text(summary: RunSummary) -> str:
         rows.append(("other model", f"{_answers(odd, 'names')} another model: {_asked_of(summary)}"))
     rows.append(("tokens", _tokens(summary)))
     rows.append(("cost", usd(summary.cost) + _saved(summary.cost, summary.baseline_cost)))
+    if summary.wasted:
+        rows.append(("of it", f"{usd(summary.wasted)} served nobody: failed tries, hedges, engines that load or idle"))
     if summary.status != "nothing_to_do":
         rows.append(("elapsed", duration_text(summary.elapsed_s)))
     rows += [("output", summary.output_url), ("ledger", summary.ledger_url), ("run", summary.run_id)]

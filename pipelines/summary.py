@@ -49,6 +49,8 @@ class RunSummary:
     started: datetime | None = None
     exit_code: int = 0
     rehearsal: bool = False
+    wasted: Decimal = Decimal(0)
+    """The part of ``cost`` that served nobody; see the ledger's ``cost_by_kind``."""
     truncated: int = 0
     """Answers that were cut off at ``max_tokens``."""
     other_models: Mapping[str, int] = field(default_factory=dict)

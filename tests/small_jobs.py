@@ -175,6 +175,9 @@ def check_conserved(found: Written, rows: int) -> None:
     if found.outputs.num_rows:
         dead_cost = total([row for row in requests if row["status"] == "dead"])
         assert total(found.outputs.select(["cost"]).to_pylist()) == total(requests) - dead_cost
+    served_by = {row["attempt_id"] for row in attempts if row["status"] == "ok" and row["kind"] in ("primary", "retry")}
+    nobody = sum((cost for attempt_id, cost in by_attempt.items() if attempt_id not in served_by), Decimal(0))
+    assert Decimal(found.manifest["wasted"]) == nobody
     pools = {pool["pool"]: pool for pool in found.manifest["pools"]}
     for name, pool in pools.items():
         mine = [attempt for attempt in attempts if attempt["pool"] == name]

@@ -84,6 +84,7 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
         baseline_cost=baseline,
         pools=tuple(pool_counts(rows)),
         baseline_unknown=unknown,
+        wasted=wasted_cost(rows),
         other_models=other_models(rows),
     )
 
@@ -122,6 +123,12 @@ def pool_counts(rows: pa.Table) -> list[PoolCount]:
         )
         for row in sums
     ]
+
+
+def wasted_cost(rows: pa.Table) -> Decimal:
+    """USD of SEGMENT rows that served no request."""
+    served = pc.and_(serving(rows), pc.is_valid(rows.column("tag")))
+    return Decimal(0) if pc.all(served).as_py() else sum_decimal(rows.filter(pc.invert(served)).column("cost"))
 
 
 def other_models(rows: pa.Table) -> dict[str, int]:

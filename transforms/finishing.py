@@ -82,6 +82,7 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
         "cost": f"{total.cost:f}",
         "baseline_cost": None if total.baseline_cost is None else f"{total.baseline_cost:f}",
         "baseline_unknown": total.baseline_unknown,
+        "wasted": f"{total.wasted:f}",
         "truncated": total.truncated,
         "other_models": dict(total.other_models),
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
@@ -111,6 +112,7 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
         baseline_cost=None if baseline is None else Decimal(baseline),
         pools=tuple(PoolCount(**{**pool, "cost": Decimal(pool["cost"])}) for pool in before["pools"]),
         baseline_unknown=before.get("baseline_unknown", 0),
+        wasted=Decimal(before.get("wasted", 0)),
         other_models=before.get("other_models", {}),
     )
 

@@ -56,6 +56,8 @@ class Published:
     pools: tuple[PoolCount, ...] = ()
     baseline_unknown: int = 0
     """Served requests of which the baseline's cost is not known; while there is one, nor is that of the run."""
+    wasted: Decimal = Decimal(0)
+    """The part of ``cost`` that served nobody: failed and lost attempts, hedges, accelerators that load or idle."""
     truncated: int = 0
     """Served requests whose answer was cut off at ``max_tokens``."""
     other_models: Mapping[str, int] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Published:
             _add(self.baseline_cost, other.baseline_cost),
             _merge_pools((*self.pools, *other.pools)),
             self.baseline_unknown + other.baseline_unknown,
+            self.wasted + other.wasted,
             self.truncated + other.truncated,
             _most_common(self.other_models, other.other_models),
         )

@@ -23,6 +23,7 @@ from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
+from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import booking, decisions, finishing, shift, write_outputs
 from bidbeam.transforms.shift_task import Award, ShiftTask
 
@@ -335,6 +336,30 @@ def test_a_damaged_journal_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         again = asked(double) - before
     assert sum(again.values()) == 30 - len(settled)
     check(job, 30)
+
+
+def test_a_hedge_whose_servant_is_lost_with_a_damaged_segment_settles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answered second, and serves nobody: the request is asked again instead of ending without an answer."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(3), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, write_outputs, "publish_range", 1)
+        with pytest.raises(Exception, match="publish_range"):
+            run(job)
+        undo()
+        path = next((tmp_path / "out").rglob("segments/*.arrow"))
+        reader = pa.ipc.open_file(path.read_bytes())
+        rows = reader.read_all()
+        kinds = ["hedge" if name == "q1" else "primary" for name in rows.column("request_id").to_pylist()]
+        at = rows.schema.get_field_index("kind")
+        rows = rows.set_column(at, rows.schema.field(at), pa.array(kinds).dictionary_encode())
+        path.unlink()
+        with pa.ipc.new_file(str(path), reader.schema) as writer:
+            writer.write_table(rows)
+        assert run(job).served == 3
+        assert len(double.requests) == 4
+    assert verify_ledger(job.ledger).ok
 
 
 def journalled_names(segments: list[Path]) -> set[str]:

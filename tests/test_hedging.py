@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_jobs import check_conserved, make_job, prompts, remote, written
-from test_shift import HOURS, Scripted, Stage, places, pool, tags
+from test_shift import AT, HOURS, Scripted, Stage, places, pool, tags
 
 from bidbeam.connectors.doubles import OK, EndpointDouble, Reply, Seen
 from bidbeam.connectors.engine import RESULT_SCHEMA
@@ -26,6 +26,7 @@ from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import lane
 from bidbeam.transforms.charging import serving
 from bidbeam.transforms.hedging import CALLED_OFF, Latencies
+from bidbeam.transforms.lane import NOT_SENT
 
 ROWS = 39
 LAST = ROWS - 1
@@ -160,6 +161,104 @@ def test_what_both_pools_failed_is_tried_on_under_a_number_of_its_own(tmp_path: 
         ids = rows.column("attempt_id").to_pylist()
         assert len(set(ids)) == len(ids)
         assert places(unserved) == [LAST]
+
+
+class Queued(Slow):
+    """Works at one request at a time: what waits behind it is given back when it is called off, or when the line goes
+    dead, and was never sent."""
+
+    def poll(self) -> list[pa.RecordBatch]:
+        try:
+            found = super().poll()
+        except PoolDown:
+            queued, self.waiting = self.waiting[1:], self.waiting[:1]
+            if not queued:
+                raise
+            found = [_unsent(queued)]
+        return found
+
+    def _ready(self, tag: int) -> bool:
+        return tag == self.waiting[0]["tag"] and super()._ready(tag)
+
+    def cancel(self, tags: Collection[int] | None = None) -> None:
+        assert tags is not None
+        queued = [row for row in self.waiting[1:] if row["tag"] in tags]
+        super().cancel(set(tags) - {row["tag"] for row in queued})
+        self.waiting = [row for row in self.waiting if row not in queued]
+        self.given_up += _unsent(queued).to_pylist()
+
+
+def _unsent(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    ended = {"status": "cancelled", "error_message": NOT_SENT, "started_at": AT, "finished_at": AT}
+    return pa.RecordBatch.from_pylist([{"tag": row["tag"], **ended} for row in rows], RESULT_SCHEMA)
+
+
+MORE = 80
+"""Rows of which four may be out in the tail."""
+
+
+def queued(home: Path, near: Slow, far: Slow) -> tuple[pa.Table, pa.Table]:
+    stage = Stage(home, MORE)
+    return stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})
+
+
+def test_what_waited_at_its_first_pool_and_is_answered_by_the_second_is_asked_of_nobody_again(tmp_path: Path) -> None:
+    """The first pool gives it back unsent: it is not handed on, and the pool goes on taking requests."""
+
+    class Near(Queued):
+        def cancel(self, tags: Collection[int] | None = None) -> None:
+            super().cancel(tags)
+            far.sits.clear()
+
+    def of_near(tag: int) -> dict[str, Any]:
+        return failed if tag == MORE - 2 and near.tags.count(tag) == 1 else {}
+
+    def of_far(tag: int) -> dict[str, Any]:
+        if tag == MORE - 2:
+            near.sits.clear()
+        return failed if tag == MORE - 2 else {}
+
+    failed = {"status": "failed", "error_class": "server"}
+    near, far = Near({MORE - 2: None}, outcome=of_near), Slow({MORE - 2: None}, outcome=of_far)
+    rows, unserved = queued(tmp_path, near, far)
+    assert far.tags.count(MORE - 1) == 1
+    assert [row["kind"] for row in rows.to_pylist() if row["tag"] == MORE - 1] == ["primary"]
+    # Both have failed the other one: it is the first pool's turn again.
+    assert near.tags.count(MORE - 2) == 2
+    assert tags(rows.filter(serving(rows))) == list(range(MORE))
+    assert unserved.num_rows == 0
+
+
+@pytest.mark.parametrize("first", ["near", "far"])
+@pytest.mark.parametrize("end", ["answered", "failed"])
+def test_what_a_pool_that_went_down_gave_back_unsent_is_left_to_its_hedge(tmp_path: Path, end: str, first: str) -> None:
+    """It is not sent to the same pool twice; where the hedge fails too, it goes on to the next round."""
+
+    class Near(Queued):
+        def poll(self) -> list[pa.RecordBatch]:
+            found = super().poll()
+            if self.gone_after == 0:
+                far.sits.clear()
+            return found
+
+    class Far(Slow):
+        def submit(self, requests: pa.RecordBatch) -> None:
+            super().submit(requests)
+            if MORE - 1 in requests.column("tag").to_pylist() and first == "near":
+                near.gone_after = 0
+
+    def of_far(tag: int) -> dict[str, Any]:
+        if tag == MORE - 1:
+            near.gone_after = 0
+        return {"status": "failed", "error_class": "timeout"} if end == "failed" else {}
+
+    near = Near({MORE - 2: None})
+    far = Far({MORE - 2: None, **({MORE - 1: None} if first == "near" else {})}, outcome=of_far)
+    rows, unserved = queued(tmp_path, near, far)
+    assert (far.tags.count(MORE - 2), far.tags.count(MORE - 1)) == (1, 1)
+    left = [] if end == "answered" else [MORE - 2, MORE - 1]
+    assert places(unserved) == left
+    assert tags(rows.filter(serving(rows))) == [tag for tag in range(MORE) if tag not in left]
 
 
 @pytest.mark.parametrize("why", ["off", "money", "placement", "nobody else"])

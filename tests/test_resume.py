@@ -20,10 +20,12 @@ import pytest
 from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
-from bidbeam.connectors.schemas import TABLES
+from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
-from bidbeam.transforms import booking, finishing, shift, write_outputs
+from bidbeam.pipelines.verify import verify_ledger
+from bidbeam.transforms import booking, decisions, finishing, shift, write_outputs
+from bidbeam.transforms.shift_task import Award, ShiftTask
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -336,6 +338,30 @@ def test_a_damaged_journal_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(job, 30)
 
 
+def test_a_hedge_whose_servant_is_lost_with_a_damaged_segment_settles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answered second, and serves nobody: the request is asked again instead of ending without an answer."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(3), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, write_outputs, "publish_range", 1)
+        with pytest.raises(Exception, match="publish_range"):
+            run(job)
+        undo()
+        path = next((tmp_path / "out").rglob("segments/*.arrow"))
+        reader = pa.ipc.open_file(path.read_bytes())
+        rows = reader.read_all()
+        kinds = ["hedge" if name == "q1" else "primary" for name in rows.column("request_id").to_pylist()]
+        at = rows.schema.get_field_index("kind")
+        rows = rows.set_column(at, rows.schema.field(at), pa.array(kinds).dictionary_encode())
+        path.unlink()
+        with pa.ipc.new_file(str(path), reader.schema) as writer:
+            writer.write_table(rows)
+        assert run(job).served == 3
+        assert len(double.requests) == 4
+    assert verify_ledger(job.ledger).ok
+
+
 def journalled_names(segments: list[Path]) -> set[str]:
     tables = [pa.ipc.open_file(str(path)).read_all() for path in segments]
     return {name for table in tables for name in table.column("request_id").to_pylist()}
@@ -388,3 +414,30 @@ def test_a_crash_at_the_very_end_of_a_later_start_books_nothing_twice(
         assert (summary.status, summary.served, len(double.requests)) == ("complete", 7, 7)
     found = check(job_with("three"), 7)
     assert {row["tags"] for row in found.rows("charges")} == {'{"tag": "one"}', '{"tag": "three"}'}
+
+
+def test_a_run_that_an_earlier_version_began_is_finished_by_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its market decided names classes where they stood then, and the ledger parts that it wrote before it was
+    cut short have fewer columns: neither is in the way."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, finishing, "_write_ledger_manifest", 1)
+        with monkeypatch.context() as then:
+            for each in (Award, ShiftTask):
+                then.setattr(each, "__module__", "bidbeam.transforms.shift")
+                then.setattr(shift, each.__name__, each, raising=False)
+            then.setattr(decisions, "LEDGER_VERSION", LEDGER_VERSION - 1)
+            then.setattr(booking, "LEDGER_VERSION", LEDGER_VERSION - 1)
+            with pytest.raises(Exception, match="_write_ledger_manifest"):
+                run(job)
+        undo()
+        kept = next((tmp_path / "out").rglob("market/round-001.pickle"))
+        assert b"bidbeam.transforms.shift\x94" in kept.read_bytes()
+        for table in ("lots", "attempts"):
+            part = next((tmp_path / "ledger" / table).rglob("part-*.parquet"))
+            pq.write_table(pq.read_table(part).drop_columns(TABLES[table].names[-1]), part)
+        assert run(job).served == 6
+        assert len(double.requests) == 6
+    check(job, 6)

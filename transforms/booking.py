@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.money import sum_decimal
-from bidbeam.connectors.schemas import PRICES
+from bidbeam.connectors.schemas import LEDGER_VERSION, PRICES
 from bidbeam.transforms.charging import explode, served_rows, serving
 from bidbeam.transforms.journal import SegmentRef, read_segment
 from bidbeam.transforms.published import PoolCount, Published
@@ -65,8 +65,10 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
         tags=context.tags,
         baseline=context.baseline,
     )
-    # The same rows under other tags or another baseline are other charges, in a part of their own.
-    part = f"{part}-{hashlib.sha256(repr((context.tags, context.baseline)).encode()).hexdigest()[:8]}"
+    # The same rows under other tags or another baseline are other charges, and have other columns in another version
+    # of the ledger: in a part of their own.
+    told = repr((LEDGER_VERSION, context.tags, context.baseline))
+    part = f"{part}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     tables = {"attempts": attempts, "charges": charges, "prices": price_rows(terms)}
     parts = tuple(
         write_part(context.ledger, name, context.run_date, context.run_id, part, table)

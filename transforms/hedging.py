@@ -102,16 +102,35 @@ class Hedges:
         """(tag, pool) of the attempts that are still out although the other was answered."""
         return [(tag, pool) for tag, hedge in self._open.items() if hedge.answered for pool in hedge.out]
 
-    def unsent(self, tags: Iterable[int]) -> list[pa.Table]:
-        """The second pool was not asked after all. Returns the failures that were waiting for it."""
-        released = []
+    def unsent(self, tags: Iterable[int]) -> tuple[list[pa.Table], list[Hedge]]:
+        """The second pool was not asked after all. Returns the failures that were waiting for it, and those that the
+        first pool has given back unsent meanwhile: nobody is at them any more."""
+        released, dropped = [], []
         for tag in tags:
-            if (hedge := self._open.pop(tag, None)) is not None and hedge.pools[0] in hedge.out:
-                # The first is out still: all is as if there had been no hedge.
+            hedge = self._open.pop(tag, None)
+            if hedge is None or hedge.answered is not None or hedge.pools[0] in hedge.out:
+                # Where the first is out still all is as if there had been no hedge.
                 continue
-            if hedge is not None and hedge.held is not None and hedge.answered is None:
+            if hedge.held is not None:
                 released.append(hedge.held)
-        return released
+            else:
+                dropped.append(hedge)
+        return released, dropped
+
+    def given_back(self, pool: str, tags: Iterable[int]) -> tuple[list[int], list[pa.Table]]:
+        """The first pool gives these back unsent. Returns those that were never hedged, or whose hedge is over, and
+        the failures of second pools that were waiting for it; what is left is the second pool's to answer."""
+        others, released = list[int](), []
+        for tag in tags:
+            if (hedge := self._open.get(tag)) is None or pool not in hedge.out:
+                others.append(tag)
+                continue
+            hedge.out.discard(pool)
+            if not hedge.out:
+                del self._open[tag]
+                if hedge.held is not None and hedge.answered is None:
+                    released.append(hedge.held)
+        return others, released
 
     def rule(self, rows: pa.Table) -> Ruled:
         """Says of settled rows which attempt of a hedged request counts, and how the other is booked."""

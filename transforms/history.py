@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.schemas import SEGMENT
+from bidbeam.transforms.charging import serving
 from bidbeam.transforms.compaction import is_kept, kept_answers, read_kept
 from bidbeam.transforms.journal import list_segments, read_segment
 from bidbeam.transforms.merging import RangeRef, piece_starts, read_range
@@ -152,12 +153,11 @@ def settled_places(context: RunContext, range_: int, places: int) -> npt.NDArray
     settled = np.zeros(places, bool)
     for ended, rows in _parts(context, range_):
         at = rows.column("tag").to_numpy() & 0xFFFFFFFF
-        status = rows.column("status").cast(pa.string())
         errors = rows.column("error_class").cast(pa.string())
         final = pa.array([*FINAL_ALWAYS, *(FINAL_ONCE_ENDED if ended else ())])
         failed = pc.and_not(
             pc.fill_null(pc.is_in(errors, value_set=final), False), from_elsewhere(rows.column("error_message"))
         )
-        over = pc.or_(pc.equal(status, "ok"), failed)
+        over = pc.or_(serving(rows), failed)
         settled[at[over.to_numpy()]] = True
     return settled

@@ -115,6 +115,7 @@ class Lane:
     _outstanding: list[pa.RecordBatch] = field(default_factory=list)
     _results: list[pa.RecordBatch] = field(default_factory=list)
     _returned: list[tuple[Lot, Tags]] = field(default_factory=list)
+    _called_off: set[int] = field(default_factory=set)
     _overheads: int = 0
     _ready: bool = False
     _used: bool = False
@@ -234,8 +235,12 @@ class Lane:
         if pc.any(unsent).as_py():
             back = self._match(batch.filter(unsent).column("tag").to_numpy())
             self.submitted -= back.num_rows
-            self.closing = True
-            self._returned += self._by_lot(back)
+            # What another pool has answered meanwhile is nobody's to send, and says nothing of this one.
+            called_off = pa.array(list(self._called_off), pa.int64())
+            wanted = back.filter(pc.invert(pc.is_in(back.column("tag"), value_set=called_off)))
+            if wanted.num_rows:
+                self.closing = True
+                self._returned += self._by_lot(wanted)
             if self.breaker.probe in back.column("tag").to_pylist():
                 self.breaker.probed(None)
             batch = batch.filter(pc.invert(unsent))
@@ -305,6 +310,11 @@ class Lane:
                 self.queue.remove(lot)
                 return True
         return False
+
+    def call_off(self, tag: int) -> None:
+        """Gives up one request that another pool has answered."""
+        self._called_off.add(tag)
+        self.engine.cancel([tag])
 
     def has_result_of(self, tags: Tags) -> bool:
         """Whether one of these requests has come back and is not settled yet."""

@@ -293,13 +293,23 @@ class Shift:
     def _hand_over(self, lane: Lane) -> None:
         """Gives what a dead pool was not asked for to the runners-up, as far as they are alive; what a stopped one was
         not asked for is left over."""
-        for lot, tags in lane.leftover():
+        for lot, returned in lane.leftover():
+            tags = returned if lot.get("kind") == HEDGE else self._not_hedged(lane, returned)
+            if not len(tags):
+                continue
             if lane.stopped:
                 self._keep_unsent(lot, tags, lane.stopped)
             elif (target := self._runner_up(lot)) is not None:
                 target.queue.append({**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes(), "runner_up": None})
             else:
                 self._keep_unsent(lot, tags, "server", lane.pool)
+
+    def _not_hedged(self, lane: Lane, tags: Tags) -> Tags:
+        """Of requests that a pool gives back unsent those that no second pool is at."""
+        others, failures = self._hedges.given_back(lane.pool, tags.tolist())
+        for failed in failures:
+            self._note_failures(failed)
+        return np.array(others, np.int64)
 
     def _restart(self, key: tuple[str, str, int], lane: Lane) -> None:
         """Starts an engine of our own again that crashed or hung: what was in flight is booked as failed, the rest of
@@ -366,8 +376,12 @@ class Shift:
     def _keep_unsent(self, lot: Lot, tags: Tags, why: str, pool: str | None = None) -> None:
         if lot.get("kind") == HEDGE:
             # What the first pool owes stays owed; what it has failed meanwhile is to be tried elsewhere.
-            for failed in self._hedges.unsent(tags.tolist()):
+            released, dropped = self._hedges.unsent(tags.tolist())
+            for failed in released:
                 self._note_failures(failed)
+            for hedge in dropped:
+                first = {**self._lots[lot["lot_id"]], "attempt_no": hedge.attempt_no - 1}
+                self._left.keep_unsent(first, np.array([hedge.tag]), "server", hedge.pools[0])
             return
         self._left.keep_unsent(lot, tags, why, pool)
 
@@ -463,7 +477,7 @@ class Shift:
             if lane is not None and lane.withdraw(tag):
                 self._hedges.unsent([tag])
             elif lane is not None and not lane.down:
-                lane.engine.cancel([tag])
+                lane.call_off(tag)
         if not self._in_tail():
             return
         late = [

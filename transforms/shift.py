@@ -536,8 +536,8 @@ class Shift:
             return
         ruled = self._hedges.rule(pa.concat_tables(parts).unify_dictionaries())
         self._note_failures(ruled.failed)
-        for pool, answered in ruled.passed_over:
-            lane = next(each for each in self._lanes.values() if each.pool == pool)
+        for pool, model, answered in ruled.passed_over:
+            lane = next(each for key, each in self._lanes.items() if key[:2] == (pool, model))
             lane.settled, lane.failed = lane.settled - answered, lane.failed - (not answered)
         self._flushes += 1
         # Written beside the loop: a slow store must not leave an engine without work.

@@ -301,6 +301,26 @@ def test_an_engine_of_ours_is_not_hedged(tmp_path: Path) -> None:
     assert tags(rows, status="ok", kind="primary") == list(range(ROWS))
 
 
+@pytest.mark.parametrize("down", [True, False])
+def test_no_engine_of_ours_is_started_for_a_hedge(tmp_path: Path, down: bool) -> None:
+    """A shift drives one of a pool's engines, not always the first: that one is asked where it is up, and no other."""
+    stage = Stage(tmp_path, 80, (pool("own", HOURS), pool("far")))
+    own, far = Slow(), Slow({79: None}, gone_after=2000)
+    own.dies_after = 10 if down else None
+    started = list[tuple[str, int]]()
+
+    def slot(name: str, model: str, replica: int) -> Slot:
+        started.append((name, replica))
+        return Slot({"own": own, "far": far}[name], lambda timeout_s: 7)
+
+    lots = stage.plan.lots.num_rows
+    task = stage.task({"own": lots} if down else {"own": lots // 4, "far": lots - lots // 4}, "far" if down else "own")
+    task = replace(task, awards=tuple(replace(each, replica=int(each.pool == "own")) for each in task.awards))
+    list(Shift(task, stage.context, stage.plan.spills, slot=slot).run())
+    assert ("own", 0) not in started
+    assert own.tags.count(79) == (0 if down else 1)
+
+
 _OUTCOMES: list[dict[str, Any]] = [
     {}, {}, {"status": "failed", "error_class": "server"}, {"status": "failed", "error_class": "caller"},
     {"output": " "}, {"input_tokens": None, "output_tokens": None},

@@ -38,6 +38,8 @@ _WIDE = re.compile(r"%[-+ #0]*(\d{5,}|\*)|%[^a-zA-Z%]*\.(\d{5,}|\*)|\{[^{}]*:[^{
 """A format that pads to 10,000 or more characters, or to a width that only its arguments tell."""
 _SIZED_METHODS = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs", "to_bytes"})
 _REFUSED_METHODS = frozenset({"from_bytes"})
+_SCANNING_METHODS = frozenset({"count", "find", "index", "rfind", "rindex"})
+"""They go through a text, and give back nothing that would tell by its size how far; so do those named ``is...``."""
 
 
 class LimitedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -239,7 +241,9 @@ class LimitedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._check_size(len(pattern) + widths + marks * _longest(values))
 
     def _check_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Methods of texts and numbers that make much of little."""
+        """Methods of texts and numbers that make much of little, or go through much for little."""
+        if isinstance(owner, str | bytes) and (name in _SCANNING_METHODS or name.startswith("is")):
+            self._worked(len(owner))
         if name in _SIZED_METHODS:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, int):

@@ -312,19 +312,27 @@ RULES = (
         WHERE won.pool IS NULL OR (award.runner_up IS NOT NULL AND next_best.pool IS NULL)
             OR award.runner_up = award.pool""",
     ),
+    # A request that a pool charged for without an answer may be asked of it again, within what the round reserved for
+    # all of its lots, or without a wall where there is no budget: an award reserves one try of each of its requests.
     Rule(
         "awards.reserved",
-        "what was paid by the token for a lot is within what its award reserved",
+        "what was paid by the token for a lot, one try of each request, is within what its award reserved",
         "awards",
         """
         WITH by_time AS (
             SELECT DISTINCT price_id FROM prices WHERE meter LIKE 'accelerator%'
-        ), spent AS (
-            SELECT attempt.run_id, attempt.round, attempt.lot_id, attempt.pool, sum(charge.cost) AS spent
+        ), tries AS (
+            SELECT
+                attempt.run_id, attempt.round, attempt.lot_id, attempt.pool, attempt.request_id, attempt.attempt_id,
+                sum(charge.cost) AS cost
             FROM charges AS charge
             JOIN attempts AS attempt ON attempt.attempt_id = charge.attempt_id AND attempt.run_id = charge.run_id
             WHERE attempt.kind IN ('primary', 'retry') AND charge.price_id NOT IN (SELECT price_id FROM by_time)
-            GROUP BY attempt.run_id, attempt.round, attempt.lot_id, attempt.pool)
+            GROUP BY ALL
+        ), dearest AS (
+            SELECT run_id, round, lot_id, pool, request_id, max(cost) AS cost FROM tries GROUP BY ALL
+        ), spent AS (
+            SELECT run_id, round, lot_id, pool, sum(cost) AS spent FROM dearest GROUP BY ALL)
         SELECT award.run_id, award.round, award.lot_id, award.pool, award.reserved, spent.spent, award.price_paid
         FROM awards AS award
         LEFT JOIN spent ON spent.run_id = award.run_id AND spent.round = award.round AND spent.lot_id = award.lot_id

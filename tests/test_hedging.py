@@ -25,8 +25,10 @@ from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import lane
 from bidbeam.transforms.charging import serving
+from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.hedging import CALLED_OFF, Latencies
 from bidbeam.transforms.lane import NOT_SENT
+from bidbeam.transforms.shift import Shift
 
 ROWS = 39
 LAST = ROWS - 1
@@ -299,6 +301,26 @@ def test_an_engine_of_ours_is_not_hedged(tmp_path: Path) -> None:
     assert tags(rows, status="ok", kind="primary") == list(range(ROWS))
 
 
+@pytest.mark.parametrize("down", [True, False])
+def test_no_engine_of_ours_is_started_for_a_hedge(tmp_path: Path, down: bool) -> None:
+    """A shift drives one of a pool's engines, not always the first: that one is asked where it is up, and no other."""
+    stage = Stage(tmp_path, 80, (pool("own", HOURS), pool("far")))
+    own, far = Slow(), Slow({79: None}, gone_after=2000)
+    own.dies_after = 10 if down else None
+    started = list[tuple[str, int]]()
+
+    def slot(name: str, model: str, replica: int) -> Slot:
+        started.append((name, replica))
+        return Slot({"own": own, "far": far}[name], lambda timeout_s: 7)
+
+    lots = stage.plan.lots.num_rows
+    task = stage.task({"own": lots} if down else {"own": lots // 4, "far": lots - lots // 4}, "far" if down else "own")
+    task = replace(task, awards=tuple(replace(each, replica=int(each.pool == "own")) for each in task.awards))
+    list(Shift(task, stage.context, stage.plan.spills, slot=slot).run())
+    assert ("own", 0) not in started
+    assert own.tags.count(79) == (0 if down else 1)
+
+
 _OUTCOMES: list[dict[str, Any]] = [
     {}, {}, {"status": "failed", "error_class": "server"}, {"status": "failed", "error_class": "caller"},
     {"output": " "}, {"input_tokens": None, "output_tokens": None},
@@ -350,6 +372,23 @@ def test_hedged_or_not_each_request_is_served_once_or_left_and_the_reserve_holds
     hedged = Counter(row["tag"] for row in rows.to_pylist() if row["kind"] == "hedge")
     assert max(hedged.values(), default=0) <= 1
     assert all(row["tag"] in served for row in rows.to_pylist() if row["kind"] == "hedge" and row["status"] == "ok")
+
+
+def test_what_does_not_count_is_taken_off_the_lane_of_its_own_model(tmp_path: Path) -> None:
+    """A pool has a lane for each of its models; what one has answered in vain says nothing of the other."""
+    stage = Stage(tmp_path, ROWS)
+    context = replace(stage.context, pools=tuple(replace(each, models={"m": "m", "a": "a"}) for each in stage.pools))
+    near, far = Slow({LAST: 200}, deaf=True), Slow()
+    engines = {("near", "m"): near, ("far", "m"): far, ("near", "a"): Slow(), ("far", "a"): Slow()}
+    task = stage.task({"near": stage.plan.lots.num_rows}, "far")
+    working = Shift(task, context, stage.plan.spills, slot=lambda name, model, _: Slot(engines[name, model]))
+    # The lanes of the other model are there first.
+    for name in ("near", "far"):
+        working._lane(name, "a", 0, replace(task.runner_up_terms[name, "m"], model="a"), None)
+    assert sum(each.unserved.num_rows for each in working.run() if each.unserved is not None) == 0
+    counts = {key[:2]: (lane.settled, lane.failed) for key, lane in working._lanes.items()}
+    assert near.tags.count(LAST) == far.tags.count(LAST) == 1
+    assert counts == {("near", "m"): (LAST, 0), ("far", "m"): (1, 0), ("near", "a"): (0, 0), ("far", "a"): (0, 0)}
 
 
 def test_latencies_tell_their_95th_percentile_once_there_are_enough() -> None:

@@ -316,6 +316,23 @@ def test_time_on_an_engine_of_ours_is_verified(tmp_path: Path) -> None:
     assert {check.name: check.checked for check in found.checks}["charges.cost"] > 60
 
 
+@pytest.mark.parametrize("budget", [None, {"max_cost": "1.00"}], ids=["no budget", "a budget"])
+def test_what_is_asked_of_a_pool_again_that_charged_for_nothing_is_within_its_award(
+    tmp_path: Path, budget: dict[str, str] | None
+) -> None:
+    """An award reserves one try of each request; the second is the round's to pay for."""
+    empty = [{"index": 0, "message": {"role": "assistant", "content": " "}, "finish_reason": "stop"}]
+    blank = {2, 5, 9}
+    with EndpointDouble(
+        ["tiny"], lambda seen: Reply(merge={"choices": empty}) if len(double.requests) in blank else Reply()
+    ) as double:
+        pools = [remote("near", double.base_url, price={"request": "0.01"}, capacity={"concurrency": 1})]
+        job = Job.from_yaml(write_job(tmp_path, prompts(12), pools, budget=budget), run_date=DAY)
+        summary = run_job(job, rehearse=False, beam_options=[], progress=NullProgress())
+    assert (summary.served, summary.cost) == (12, Decimal("0.15"))
+    assert verify_ledger(job.ledger).ok
+
+
 def test_a_run_that_was_started_again_is_verified(tmp_path: Path) -> None:
     """Rows that moved, changed or went away between two starts of a run, or another baseline, leave a ledger that still
     adds up."""

@@ -177,6 +177,8 @@ def test_a_template_sees_the_rows_columns() -> None:
         "{{ (a * 100000).translate({115: a * 100000}) }}", "{{ [[a]] | sum(start=[]) }}", "{{ a }}{{ '%.99999f' % 1 }}",
         "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ a ~ n.x % 7 }}",
         "{{ a }}{{ (1).from_bytes('a'.encode() * 1000000, 'little') % 7 }}",
+        "{% set t = a * 100000 %}{% for i in range(900) %}{{ t.count('zz') }}{% endfor %}",
+        "{% set t = 's' * 1000000 %}{% for i in range(900) %}{{ a if t.isalpha() }}{% endfor %}",
         "{% macro m0() %}{{ a }}{% endmacro %}"
         + "".join(f"{{% macro m{i}() %}}{{{{ m{i - 1}() ~ m{i - 1}() }}}}{{% endmacro %}}" for i in range(1, 40))
         + "{{ m39() }}",

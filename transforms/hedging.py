@@ -69,11 +69,11 @@ class Hedge:
 @dataclass(frozen=True, slots=True)
 class Ruled:
     """Settled rows (SEGMENT) as they are to be written; which failures count; and whose attempts do not count at all:
-    (pool, whether it answered)."""
+    (pool, model, whether it answered)."""
 
     rows: pa.Table
     failed: pa.Table
-    passed_over: Sequence[tuple[str, bool]] = ()
+    passed_over: Sequence[tuple[str, str, bool]] = ()
 
 
 class Hedges:
@@ -139,9 +139,10 @@ class Hedges:
         if not mine.any():
             return Ruled(rows, rows.filter(failed))
         columns = {name: rows.column(name).cast(pa.string()).to_pylist() for name in _CHANGED}
-        pools, tags = rows.column("pool").cast(pa.string()).to_pylist(), rows.column("tag").to_pylist()
+        pools, models = (rows.column(name).cast(pa.string()).to_pylist() for name in ("pool", "model"))
+        tags = rows.column("tag").to_pylist()
         counts = failed.to_numpy().copy()
-        beaten, released = list[tuple[str, bool]](), list[pa.Table]()
+        beaten, released = list[tuple[str, str, bool]](), list[pa.Table]()
         places = np.flatnonzero(mine)
         ends = rows.column("finished_at").cast(pa.int64()).to_numpy()
         for row in places[np.argsort(ends[places], kind="stable")].tolist():
@@ -149,7 +150,7 @@ class Hedges:
             hedge.out.discard(pool)
             if hedge.answered is not None:
                 counts[row] = False
-                beaten.append((pool, ok))
+                beaten.append((pool, models[row], ok))
                 columns["kind"][row] = HEDGE
                 if columns["status"][row] == "lost":
                     columns["status"][row], columns["error_class"][row] = "cancelled", None

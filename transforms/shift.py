@@ -358,10 +358,12 @@ class Shift:
         terms = self._task.runner_up_terms.get((pool or "", lot["model"]))
         if pool is None or terms is None or not self._may(pool, lot):
             return None
+        there = [lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open]
         if self._context.max_cost is not None and terms.price.by_time:
             # Its time is reserved by the award: without one in this shift nobody would stop it.
-            there = (lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]))
-            return next((lane for lane in there if lane.open and lane.reserved_ms is not None), None)
+            return next((lane for lane in there if lane.reserved_ms is not None), None)
+        if there:
+            return there[0]
         try:
             lane = self._lane(pool, lot["model"], 0, terms, None)
         except PoolDown:
@@ -512,7 +514,7 @@ class Shift:
         for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
             if pool is None or pool == lane.pool or pool in self._left.failed_on(tag):
                 continue
-            at_hand = any(key[:2] == (pool, lot["model"]) for key in self._lanes)
+            at_hand = any(key[:2] == (pool, lot["model"]) and each.open for key, each in self._lanes.items())
             if not at_hand and self._specs[pool].kind != "openai":
                 # No engine is loaded, no node rented, no batch sent for the sake of a hedge.
                 continue
@@ -536,8 +538,8 @@ class Shift:
             return
         ruled = self._hedges.rule(pa.concat_tables(parts).unify_dictionaries())
         self._note_failures(ruled.failed)
-        for pool, answered in ruled.passed_over:
-            lane = next(each for each in self._lanes.values() if each.pool == pool)
+        for pool, model, answered in ruled.passed_over:
+            lane = next(each for key, each in self._lanes.items() if key[:2] == (pool, model))
             lane.settled, lane.failed = lane.settled - answered, lane.failed - (not answered)
         self._flushes += 1
         # Written beside the loop: a slow store must not leave an engine without work.

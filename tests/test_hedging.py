@@ -77,6 +77,14 @@ class Slow(Scripted):
             super().cancel(tags)
 
 
+class Late(Slow):
+    """Answers what it sat on as soon as that is called off."""
+
+    def cancel(self, tags: Collection[int] | None = None) -> None:
+        super().cancel(tags)
+        self.sits.clear()
+
+
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripted answers take no time: a request is late as soon as it is not answered at once."""
@@ -120,7 +128,7 @@ def test_a_straggler_that_answers_after_all_calls_its_hedge_off(tmp_path: Path) 
 
 def test_of_two_answers_the_first_counts_and_both_are_paid(tmp_path: Path) -> None:
     """An endpoint that cannot be called off answers too: an attempt that is ok, of kind hedge, that serves nobody."""
-    near, far = Slow({LAST: 200}, deaf=True), Slow()
+    near, far = Late({LAST: None}, deaf=True), Slow()
     rows, _ = shifted(tmp_path, near, far)
     second, first = of(rows, LAST)["near"], of(rows, LAST)["far"]
     assert (second["kind"], second["status"], second["usage_source"]) == ("hedge", "ok", "reported")
@@ -378,7 +386,7 @@ def test_what_does_not_count_is_taken_off_the_lane_of_its_own_model(tmp_path: Pa
     """A pool has a lane for each of its models; what one has answered in vain says nothing of the other."""
     stage = Stage(tmp_path, ROWS)
     context = replace(stage.context, pools=tuple(replace(each, models={"m": "m", "a": "a"}) for each in stage.pools))
-    near, far = Slow({LAST: 200}, deaf=True), Slow()
+    near, far = Late({LAST: None}, deaf=True), Slow()
     engines = {("near", "m"): near, ("far", "m"): far, ("near", "a"): Slow(), ("far", "a"): Slow()}
     task = stage.task({"near": stage.plan.lots.num_rows}, "far")
     working = Shift(task, context, stage.plan.spills, slot=lambda name, model, _: Slot(engines[name, model]))

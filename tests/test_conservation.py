@@ -265,6 +265,24 @@ def test_an_openai_batch_is_conserved_line_by_line(tmp_path: Path) -> None:
     assert Counter(row["request_id"] in {"c7", "c11"} for row in found.dead.to_pylist()) == {True: 2, False: 2}
 
 
+def test_batch_lines_beside_plain_ones_are_conserved(tmp_path: Path) -> None:
+    """Where one file has bodies and another a prompt column, the bodies count; a line without one is a dead letter."""
+    (tmp_path / "in").mkdir()
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+    line = {"custom_id": "c1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "in" / "batch.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "in" / "plain.jsonl").write_text('{"custom_id": "c2", "prompt": "hello"}\n')
+    source = str(tmp_path / "in" / "*.jsonl")
+    job = make_job(tmp_path, None, [remote("near")], input=source, prompt={"column": "prompt"})
+    run(job, rehearse=True)
+    found = written(job, rehearse=True)
+    check_conserved(found, 2)
+    assert found.outputs.column("request_id").to_pylist() == ["c1"]
+    assert [(row["reason"], row["message"]) for row in found.dead.to_pylist()] == [
+        ("invalid", "column 'body': is not a JSON object")
+    ]
+
+
 def test_time_is_shared_to_the_last_digit(tmp_path: Path) -> None:
     """On a pool paid by the hour the charges of all attempts, setup and idle time add up to its bill exactly."""
     blank = dict.fromkeys(ASKED.names)

@@ -367,6 +367,19 @@ def journalled_names(segments: list[Path]) -> set[str]:
     return {name for table in tables for name in table.column("request_id").to_pylist()}
 
 
+def test_a_key_that_is_put_right_lets_the_same_run_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is a term: what was refused for it, and what was never sent because of it, is asked by the next start."""
+    monkeypatch.setenv("NEAR_KEY", "wrong-key-0123456789")
+    with EndpointDouble(["tiny"], api_key="right-key-0123456789") as double:
+        job = make_job(tmp_path, prompts(40), [remote("near", double.base_url, api_key_env="NEAR_KEY")])
+        summary = run(job)
+        assert (summary.served, summary.exit_code) == (0, 3)
+        assert set(summary.dead) == {"no_eligible_pool", "capacity"}
+        monkeypatch.setenv("NEAR_KEY", "right-key-0123456789")
+        assert (again := run(job)).served == 40, again
+    check(job, 40)
+
+
 def test_a_final_failure_is_not_asked_again_but_a_new_row_is(tmp_path: Path) -> None:
     """A start after one that ended leaves failed requests as they are, and still takes in what came since."""
     with EndpointDouble(["tiny"], Reply.error(400, "no")) as double:

@@ -42,8 +42,9 @@ _MATCH_REPEATED = """
 """
 
 FINAL_ALWAYS = ("caller", "policy")
-FINAL_ONCE_ENDED = ("bad_output", "auth_funds", "server", "timeout")
-"""Errors after which a request is not tried again, once the start that met them has run to its end."""
+FINAL_ONCE_ENDED = ("bad_output", "server", "timeout")
+"""Errors after which a request is not tried again, once the start that met them has run to its end. A key or an account
+is none of them: it is put right, and the same command goes on."""
 
 
 def earlier_segments(context: RunContext) -> list[str]:

@@ -33,13 +33,13 @@ from bidbeam.transforms.spilling import SpillLayout, SpillRef, layout_of
 
 REASON_OF_ERROR: Mapping[str, str] = {
     "caller": "refused", "policy": "refused", "bad_output": "bad_output", "rate": "capacity", "capacity": "capacity",
-    "auth_funds": "failed", "server": "failed", "timeout": "failed",
+    "auth_funds": "no_eligible_pool", "server": "failed", "timeout": "failed",
 }  # fmt: skip
 """A dead letter's reason, from the class of its last error. Reasons that the market gave stand for themselves."""
 
 MESSAGE_OF_REASON: Mapping[str, str] = {
     "too_long": "longer than every eligible pool takes",
-    "no_eligible_pool": "no pool serves this model under this placement; see the bids in the ledger",
+    "no_eligible_pool": "no pool could be used for it; see the bids in the ledger",
     "budget": "the budget left did not cover its worst case; raise budget.max_cost and run again",
     "deadline": "it could not be answered before the deadline; run again to go on",
     "capacity": "no pool had room for it; run again to go on",
@@ -222,10 +222,17 @@ def _reasons(
     details = attempts.column("error_message").cast(pa.string()).to_pylist() if attempts.num_rows else []
     for place in open_places:
         leader, last = int(book.leader[place]), int(book.last[place])
-        error = market.get(leader) or (errors[last] if last >= 0 else None) or "server"
+        tried = errors[last] if last >= 0 else None
+        error = market.get(leader) or tried or "server"
+        if error in REASON_OF_ERROR:
+            # Why it was sent nowhere in the end says less than how its last attempt ended.
+            error = tried or error
         reason = REASON_OF_ERROR.get(error, error)
         if reason not in MESSAGE_OF_REASON:
             reason = "failed"
+        if reason == "failed" and last < 0:
+            # It was sent nowhere: its pools went down before.
+            reason = "capacity"
         detail = details[last] if last >= 0 else None
         known[place] = reason
         messages[place] = f"{MESSAGE_OF_REASON[reason]}: {detail}" if detail else MESSAGE_OF_REASON[reason]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bidbeam.connectors.inputs import Split, is_json_text, read_split
+from bidbeam.connectors.inputs import Split, is_json_text, is_openai_batch, read_split
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.connectors.store import Store
 from bidbeam.connectors.tokenizer import ModelTools
@@ -50,7 +50,8 @@ def key_column(spec: RenderSpec, models: Mapping[str, str | None], schema: pa.Sc
     That holds when no model has a tokenizer and the prompt is a plain text column: the text is then not written twice.
     """
     prompt = spec.prompt
-    if prompt.template is not None or prompt.column is None or any(models.values()):
+    # A batch line's prompt stands in its body, whatever other columns there are.
+    if prompt.template is not None or prompt.column is None or any(models.values()) or is_openai_batch(schema):
         return None
     index: int = schema.get_field_index(prompt.column)
     if index < 0:

@@ -117,7 +117,8 @@ def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
     took = ""
     if it.started_at is not None and it.finished_at is not None:
         took = f", {(it.finished_at - it.started_at).total_seconds():.3f} s from {_time(it.started_at)}"
-    yield f"Attempt{number} ({it.kind}) on {it.pool}: {it.status}{took}"
+    kind = "booked as a hedge: another answered first" if it.kind == "hedge" else it.kind
+    yield f"Attempt{number} ({kind}) on {it.pool}: {it.status}{took}"
     if it.request_id != request_id:
         yield f"  made for {it.request_id}"
     error = [it.error_class, None if it.http_status is None else f"HTTP {it.http_status}", it.error_message]

@@ -96,7 +96,7 @@ def quote_text(quote: Quote) -> str:
     rows.append(("worst case", _worst_text(quote)))
     if quote.lp_bound is not None:
         regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
-        rows.append(("lower bound", usd(quote.lp_bound) + regret))
+        rows.append(("lower bound", f"{usd(quote.lp_bound)}{regret} (of cost and risk together)"))
     if quote.payment != "pay_as_bid":
         rows.append(("payment", f"{quote.payment}: {_rent_text(quote)}"))
     if quote.finish_at is not None:
@@ -164,7 +164,9 @@ def _worst_text(quote: Quote) -> str:
         return "no bound: engines are paid by time, and no budget is set"
     if quote.budget is None:
         return f"{usd(quote.worst_case_cost)}; no budget is set"
-    fits = "within" if quote.worst_case_cost <= quote.budget else "more than"
+    if quote.worst_case_cost == quote.budget:
+        return f"{usd(quote.budget)}, the budget: what it does not cover is not sent"
+    fits = "within" if quote.worst_case_cost < quote.budget else "more than"
     return f"{usd(quote.worst_case_cost)}, {fits} the budget of {usd(quote.budget)}"
 
 

@@ -182,6 +182,8 @@ class EndpointDouble(Loopback):
         self._concurrent = 0
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._held: socket.socket | None = None
+        """The port while nothing listens there."""
         super().__init__(port)
 
     @property
@@ -190,10 +192,13 @@ class EndpointDouble(Loopback):
         return f"http://{self.host}/v1"
 
     def _stop_listening(self) -> None:
-        """Frees the port and drops every connection."""
+        """Refuses and drops every connection. The port stays ours: nobody else must answer there meanwhile."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(self._server.server_address)
         with self._lock:
             for connection in self._sockets:
                 # Its handler's thread closes it.
@@ -203,7 +208,18 @@ class EndpointDouble(Loopback):
     def _listen_again(self) -> None:
         """Serves on the same port as before."""
         self._bind(self._server.server_address)
+        self._release()
         self._thread.start()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def close(self) -> None:
+        """Stops serving and frees the port; requests that are being held back are dropped."""
+        super().close()
+        self._release()
 
     # What follows is called by the handler's threads.
 

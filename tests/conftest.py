@@ -6,7 +6,6 @@ beside them.
 
 from __future__ import annotations
 
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -35,11 +34,6 @@ class ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
         return "engines" if runs_engines(self.config.rootpath / path) else path
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more process than there are cores, for ``-n auto``: tests wait for endpoints and for engines to load."""
-    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

@@ -72,12 +72,13 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
     """The most that all rounds can cost (USD): each request may fail, at its full price, in every round but the last;
     None where nothing bounds it.
 
-    In a round it may be charged once by the pool that won it and once by the runner-up, where there is one; whoever
-    serves it asks at most the dearest of the lot's worst cases. Engines paid by time may load and
+    In a round it may be charged ``CHARGED_TRIES`` times by the pool that won it and as often by the runner-up, where
+    there is one; whoever serves it asks at most the dearest of the lot's worst cases. Engines paid by time may load and
     idle for as long as a budget lets them; without a budget nothing bounds the time of one that may serve a lot. A
     budget bounds it all.
     """
     from bidbeam.transforms.bid import held_s
+    from bidbeam.transforms.retrying import CHARGED_TRIES
 
     awards, bids = decision.tables["awards"], decision.tables["bids"]
     timed = [spec for spec in context.pools if spec.price.by_time]
@@ -91,6 +92,7 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
         several = pc.greater(worst.column("worst_case_cost_count"), 1).combine_chunks()
         total += (rounds - 1) * sum_decimal(dearest.drop_null())
         total += rounds * sum_decimal(dearest.filter(several))
+    total *= CHARGED_TRIES
     if context.max_cost is None:
         return total
     for spec in timed:

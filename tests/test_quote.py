@@ -27,6 +27,7 @@ from bidbeam.pipelines.run import run
 from bidbeam.pipelines.show import quote_text
 from bidbeam.transforms import engines
 from bidbeam.transforms.engines import Slot
+from bidbeam.transforms.retrying import CHARGED_TRIES
 from bidbeam.transforms.run_context import RunContext
 
 pytestmark = pytest.mark.timeout(60)
@@ -52,9 +53,10 @@ def test_a_quote_is_what_the_prices_say(tmp_path: Path) -> None:
     assert quote.expected_cost == (110 * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
     # At worst every byte is a token, and the template adds 64 to each request.
     assert quote.reserved_cost == ((110 * 4 + 640) * Decimal("0.10") + 80 * Decimal("0.40")) * per_token
-    # All of that may fail, at that price, on both pools and in both rounds: three times more, on the dearer one.
+    # All of that may fail, at that price, on both pools and in both rounds: three times more, on the dearer one; and
+    # each pool may charge twice in a round for what is of no use.
     again = ((110 * 4 + 640) * 1 + 80 * 2) * per_token
-    assert quote.worst_case_cost == min(quote.reserved_cost + 3 * again, Decimal("1.00"))
+    assert quote.worst_case_cost == min(CHARGED_TRIES * (quote.reserved_cost + 3 * again), Decimal("1.00"))
     assert quote.baseline_cost == (110 * 1 + 80 * 2) * per_token
     assert [(pool.pool, pool.lots, pool.requests) for pool in quote.pools] == [("near", 1, 10), ("far", 0, 0)]
     assert quote.pools[1].why_not == "others bid less"

@@ -38,12 +38,17 @@ class Purse:
             parts = ((lane, *part) for lane in self._lanes() for part in lane.unsettled())
             self._owed = sum((self._worst(*part) for part in parts), Decimal(0))
 
-    def promise(self, lane: Lane, lot: Lot, tags: Tags) -> bool:
+    def promise(self, lane: Lane, lot: Lot, tags: Tags, instead_of: Lane | None = None) -> bool:
         """Whether asking ``lane`` for these requests of a lot is paid for by what is left once all that was promised
-        since ``reckon``, and all that was out then, has ended at its worst; if so, that is promised too."""
+        since ``reckon``, and all that was out then, has ended at its worst; if so, that is promised too.
+
+        ``instead_of``: who was to be asked for them when that was reckoned, and is not any more.
+        """
         if self._reserved is None or lane.terms.price.by_time:
             return True
         worst = self._worst(lane, lot, tags)
+        if instead_of is not None and not instead_of.terms.price.by_time:
+            worst -= self._worst(instead_of, lot, tags)
         if self._bought + self._owed + worst > self._reserved:
             return False
         self._owed += worst

@@ -29,6 +29,7 @@ from bidbeam.transforms.heartbeat import SoFar, so_far
 from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
 from bidbeam.transforms.next_best import next_best
+from bidbeam.transforms.outage import wait_out
 from bidbeam.transforms.region_check import undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
@@ -92,6 +93,7 @@ class _Clear(beam.DoFn):
             if decision is None:
                 ordered = pa.concat_tables(found or [LOT.empty_table()])
                 ordered = ordered.sort_by([("range", "ascending"), ("start", "ascending")])
+                wait_out(self._context, round_, ordered)
                 spent = self._context.spent + spent_on(segments)
                 decision = self._decide(round_, ordered, spent)
                 if decision is None:

@@ -139,6 +139,10 @@ class Shift:
                 elif not pending or not any(lane.hungry for lane in self._lanes.values()):
                     self._wake.wait(_TICK_S)
                     self._wake.clear()
+            for lane in self._lanes.values():
+                if lane.closing:
+                    # It gave back what it was not asked for; now it says why.
+                    lane.poll()
             yield from self._flush(final=True)
             for slot in self._slots.values():
                 slot.booked()

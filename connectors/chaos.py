@@ -358,7 +358,7 @@ def _date_in(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, or until the pipe that its standard input may be is closed: with whoever began it.
+    """Serves until SIGTERM or SIGINT; where its standard input is a pipe, until whoever began it closes that.
 
     The first line it prints is its address.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 FIRST_PAUSE_S = 1.0
@@ -58,3 +59,31 @@ class Aimd:
     def wait(self, seconds: float) -> None:
         """The endpoint asks for nothing to be sent for so long; at most a minute is heeded."""
         self._until = max(self._until, self._clock() + min(seconds, LONGEST_PAUSE_S))
+
+
+class Stuck:
+    """When a request has been under way for so long that it says nothing of how much an endpoint takes at once.
+
+    That is after ten times what 95 % of the last 200 answers took, and not before ``least_s`` seconds. Without that an
+    endpoint that never answers some of its requests would in the end be asked nothing more. Not thread-safe.
+    """
+
+    def __init__(self, least_s: float = 10.0) -> None:
+        self._least_s = least_s
+        self._took_s: deque[float] = deque(maxlen=200)
+        self._after_s: float | None = None
+
+    def took(self, seconds: float) -> None:
+        """A request was answered after so long."""
+        self._took_s.append(seconds)
+        if len(self._took_s) >= _ENOUGH and len(self._took_s) % _ENOUGH == 0:
+            usual_s = sorted(self._took_s)[int(0.95 * (len(self._took_s) - 1))]
+            self._after_s = max(10 * usual_s, self._least_s)
+
+    @property
+    def after_s(self) -> float | None:
+        """Seconds; None while fewer than 20 answers are known."""
+        return self._after_s
+
+
+_ENOUGH = 20

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import aiohttp
 import pyarrow as pa
 
-from bidbeam.connectors.concurrency import FIRST_PAUSE_S, Aimd
+from bidbeam.connectors.concurrency import FIRST_PAUSE_S, Aimd, Stuck
 from bidbeam.connectors.credentials import Credentials, credentials_for
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import ConfigError, PoolDown
@@ -56,6 +56,8 @@ DRAIN_S = 30.0
 _THERE_S = 10.0
 """How long an endpoint that was lost may take to say that it is there again."""
 _CLOSE_S = 5.0
+_LOOK_S = 1.0
+"""How often it is looked whether a request is stuck."""
 _UNSENT = Outcome("cancelled", error_message="not sent")
 
 
@@ -74,6 +76,8 @@ class _Job:
     body: bytes
     begun: int = 0
     """What the window of requests said when it was begun."""
+    sent_s: float = 0.0
+    """The loop's clock when it was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,9 @@ class HttpEngine:
     """Implements ``Engine`` for one model at one OpenAI-compatible endpoint.
 
     A row with ``messages`` goes to ``/chat/completions``, one with ``prompt`` to ``/completions``, at most
-    ``capacity.concurrency`` (16) at a time, begun in order; fewer, after a pause, where the endpoint pushes back (see
-    ``concurrency``). ``started_at`` is when ``submit`` took the row. Tokens are replaced before they end, while
-    requests wait.
+    ``capacity.concurrency`` (16) at a time, begun in order; fewer, after a pause, where the endpoint pushes back, and
+    others beside those that are stuck (see ``concurrency``). ``started_at`` is when ``submit`` took the row. Tokens are
+    replaced before they end, while requests wait.
 
     The pool is down, and ``poll`` raises PoolDown once everything has come back, when the endpoint refuses us as such
     (key, funds, model name, address), when ``down_after`` connections in a row fail, or when two windows of requests
@@ -112,6 +116,7 @@ class HttpEngine:
         down_after: int = DOWN_AFTER,
         drain_s: float = DRAIN_S,
         first_pause_s: float = FIRST_PAUSE_S,
+        stuck: Stuck | None = None,
         credentials: Credentials | None = None,
     ) -> None:
         if model not in spec.models:
@@ -149,9 +154,14 @@ class HttpEngine:
         self._unconnected = 0
         self._unanswered = 0
         self._resuming: asyncio.TimerHandle | None = None
+        self._stuck = stuck or Stuck()
+        self._looking: asyncio.TimerHandle | None = None
+        # Written by the loop's thread, read by the shift's.
+        self._limit = 0
         self._loop = LOOP.get()
         self._ceiling = spec.capacity.concurrency or DEFAULT_CONCURRENCY
         self._window = Aimd(self._ceiling, self._loop.time, first_pause_s=first_pause_s)
+        self._limit = self._window.limit
         self._session: aiohttp.ClientSession = LOOP.run(self._open(spec), CONNECT_S)
 
     def __repr__(self) -> str:
@@ -168,7 +178,7 @@ class HttpEngine:
     @property
     def room(self) -> int:
         # Twice the window: the queue bridges the time until the shift comes round again.
-        return 0 if self._closed or self._down else max(0, 2 * self._window.limit - self._in_flight)
+        return 0 if self._closed or self._down else max(0, 2 * self._limit - self._in_flight)
 
     @property
     def in_flight(self) -> int:
@@ -260,18 +270,39 @@ class HttpEngine:
 
     def _pump(self) -> None:
         """Begins as many requests, in order, as the concurrency allows."""
+        self._limit = self._allowed()
         pause = self._window.pause_s
         if pause > 0 and self._queue:
             if self._resuming is not None:
                 self._resuming.cancel()
             self._resuming = self._loop.call_later(pause, self._pump)
             return
-        while self._queue and len(self._active) < self._window.limit:
+        while self._queue and len(self._active) < self._limit:
             job = self._queue.popleft()
-            job.begun = self._window.begin()
+            job.begun, job.sent_s = self._window.begin(), self._loop.time()
             task = self._loop.create_task(self._ask(job))
             self._active[task] = job
             task.add_done_callback(self._done)
+
+        if self._queue and self._looking is None and self._stuck.after_s is not None:
+            self._looking = self._loop.call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """Nothing need come back for a request to be stuck."""
+        self._looking = None
+        before = self._limit
+        self._pump()
+        if self._limit > before:
+            self._wake()
+
+    def _allowed(self) -> int:
+        """How many requests may be under way: as many as the window says beside those that are stuck, and never more
+        than the ceiling."""
+        after_s = self._stuck.after_s
+        if after_s is None or self._window.limit >= self._ceiling:
+            return self._window.limit
+        since = self._loop.time() - after_s
+        return min(self._ceiling, self._window.limit + sum(job.sent_s < since for job in self._active.values()))
 
     def _done(self, task: asyncio.Task[Outcome]) -> None:
         job = self._active.pop(task)
@@ -282,6 +313,8 @@ class HttpEngine:
             outcome = failure("server", f"the client failed with {type(error).__name__}")
         else:
             outcome = task.result()
+            if outcome.status == "ok":
+                self._stuck.took(self._loop.time() - job.sent_s)
         self._watch(job, outcome)
         self._hand_out([_Settled(job.tag, job.started_at, self._now(), outcome)])
         self._pump()

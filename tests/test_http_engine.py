@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bidbeam.connectors.concurrency import Stuck
 from bidbeam.connectors.doubles import NO_USAGE, OK, RESET, TRUNCATED, Behaviour, EndpointDouble, Reply, Seen
 from bidbeam.connectors.engine import RESULT_SCHEMA, Engine
 from bidbeam.connectors.errors import ConfigError, PoolDown
@@ -100,7 +101,7 @@ class Driver:
 def driving(
     behaviour: Behaviour = OK, *, double: dict[str, Any] | None = None, **more: Any
 ) -> Iterator[tuple[Driver, EndpointDouble]]:
-    own = ("now", "max_answer_bytes", "drain_s", "first_pause_s")
+    own = ("now", "max_answer_bytes", "drain_s", "first_pause_s", "stuck")
     engine_options = {name: more.pop(name) for name in own if name in more}
     with EndpointDouble(["tiny"], behaviour, **(double or {})) as served:
         engine = HttpEngine(spec(served.base_url, **more), "model", **engine_options)
@@ -499,6 +500,37 @@ def test_a_push_back_halves_what_is_asked_at_once(status: int) -> None:
     assert [each["status"] for each in results.values()].count("ok") == 52
     assert (max(at_once[:8]), max(at_once[8:12])) == (8, 4)
     assert 4 < max(at_once[12:]) <= 8
+
+
+def test_requests_that_are_stuck_do_not_hold_up_the_others() -> None:
+    """A narrow window may fill with what is never answered: others are then asked beside it, up to the ceiling."""
+    behaviour: dict[int, Reply] = {30: Reply.error(429), **{number: Reply.slow(2.5) for number in range(34, 38)}}
+
+    def behave(seen: Seen) -> Reply:
+        return behaviour.get(seen.number, Reply.slow(0.01))
+
+    stuck = Stuck(least_s=0.2)
+    with driving(behave, capacity=Capacity(concurrency=8), first_pause_s=0.05, stuck=stuck) as (driver, double):
+        results = driver.run([row(tag) for tag in range(80)])
+        at_once = [seen.concurrent for seen in double.requests]
+    assert [each["status"] for each in results.values()].count("ok") == 79
+    last = [each["tag"] for each in driver.results[-4:]]
+    held = [int(seen.headers["x-request-id"], 16) for seen in double.requests if 34 <= seen.number < 38]
+    assert sorted(last) == sorted(held)
+    assert max(at_once) <= 8
+
+
+def test_what_is_stuck_is_told_by_what_is_usual() -> None:
+    """After ten times what most answers took, at least the given seconds; nothing is known before twenty answers."""
+    stuck = Stuck(least_s=10.0)
+    for _ in range(19):
+        stuck.took(0.1)
+    assert stuck.after_s is None
+    stuck.took(0.1)
+    assert stuck.after_s == 10.0
+    for _ in range(200):
+        stuck.took(3.0)
+    assert stuck.after_s == 30.0
 
 
 def test_errors_that_are_no_push_back_leave_the_window_as_it_is() -> None:

@@ -221,6 +221,6 @@ def test_pools_are_known_by_how_they_fared_in_the_rounds_before(tmp_path: Path) 
     assert {name: pool.down for name, pool in so_far(scratch, 3).items()} == {"near": True, "far": True, "late": False}
     assert so_far(scratch, 4)["near"] == SoFar(17, 9, False, 3)
     assert so_far(scratch, 1) == {}
-    rows = [{"pool": "near", "settled": 0, "failed": 1, "down": "from elsewhere", "strayed": True}]
+    rows = [{"pool": "near", "settled": 0, "failed": 1, "down": "from elsewhere"}]
     scratch.create(name_of("r004-s000"), json.dumps({"at": AT.isoformat(), "pools": rows}).encode())
-    assert so_far(scratch, 5)["near"] == SoFar(17, 10, True, 4, strayed=True)
+    assert so_far(scratch, 5)["near"] == SoFar(17, 10, True, 4)

@@ -172,6 +172,29 @@ def test_a_pool_alone_is_not_left_without_what_may_go_anywhere(tmp_path: Path, m
     assert (second.served, second.status) == (8, "complete")
 
 
+def test_a_later_start_does_not_ask_a_pool_again_that_answered_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what was refused nor what is new goes there, until the pools file says something else of the pool."""
+    monkeypatch.setenv("TOLD_KEY", "some-key")
+    asked = pa.array(['{"jurisdictions":["EEA"]}'] * 12)
+    with EndpointDouble(["tiny"], Reply(headers={"x-ms-region": "eastus2"})) as liar:
+
+        def start(rows: int, jurisdiction: str) -> tuple[int, str | None]:
+            """Requests that went there, and why the last bid of the pool was none."""
+            before = len(liar.requests)
+            pool = azure("liar", liar.base_url, placement={"jurisdiction": jurisdiction})
+            job = make_job(tmp_path, prompts(rows).append_column("placement", asked[:rows]), [pool])
+            assert run(job).served == 0
+            bids = sorted(written(job).rows("bids"), key=lambda bid: str(bid["lot_id"]))
+            return len(liar.requests) - before, bids[-1]["reject_reason"]
+
+        first, _ = start(8, "DE")
+        assert 0 < first <= 8
+        assert start(12, "DE") == (0, "placement:jurisdiction (undeclared)")
+        assert start(12, "FR")[0] > 0
+
+
 def test_nothing_is_compared_where_nothing_is_declared_or_said() -> None:
     """A pool that declares nothing, one that may be anywhere, a region nobody knows and a silent answer all pass."""
     told = pa.RecordBatch.from_pylist(

@@ -47,8 +47,6 @@ class SoFar:
     failed: int = 0
     down: bool = False
     round: int = 0
-    strayed: bool = False
-    """Whether an answer came from where it does not declare to be."""
 
 
 def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
@@ -63,7 +61,6 @@ def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
                 pool, round_, down = pools.setdefault(beat["pool"], SoFar()), int(found[1]), bool(beat["down"])
                 pool.settled += beat["settled"]
                 pool.failed += beat["failed"]
-                pool.strayed |= bool(beat.get("strayed"))
                 if round_ >= pool.round:
                     # Of several engines of a pool one that is up is enough.
                     pool.down = down and (pool.down or round_ > pool.round)
@@ -88,7 +85,6 @@ def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
                 "ideal_cached_tokens": lane.ideal_cached_tokens,
                 "cost": str(lane.cost),
                 "down": lane.down or lane.out,
-                "strayed": lane.strayed,
                 "notes": lane.notes,
             }
             for lane in lanes

@@ -108,6 +108,18 @@ def test_reports_that_cannot_be_true_cost_a_pool_its_next_lots(tmp_path: Path) -
     assert doubt == {"inflated": 1, "swapped": 1, "honest": 0}
 
 
+def test_a_refused_key_is_told_once_and_without_made_up_tokens(tmp_path: Path) -> None:
+    """Why the pool is down stands in one line; an attempt without usage has no question marks for figures."""
+    with EndpointDouble(["tiny"], api_key="another") as closed:
+        job = make_job(tmp_path, prompts(1), [remote("far", closed.base_url)], auction={"rounds": 1})
+        summary = run(job)
+    said = f"pool far at {closed.host} is down: 401: Incorrect API key provided."
+    assert summary.down == written(job).manifest["down"] == {"far": said}
+    assert f"\ndown          {said}\n" in summary_text(summary)
+    story = render_text(explain_request(job.ledger, "q0"))
+    assert "  error: auth_funds, HTTP 401, Incorrect API key provided.\n  tokens: none reported\n" in story
+
+
 def azure(name: str, base_url: str, **keys: Any) -> dict[str, Any]:
     """A pool whose answers name their region."""
     return remote(name, base_url, profile="azure", api_key_env="TOLD_KEY", **keys)

@@ -68,6 +68,27 @@ def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
     return pools
 
 
+def why_down(scratch: Store) -> dict[str, str]:
+    """Why pools were down at the end of this start, by name: those of whose requests some failed, or none was served.
+
+    In the last round that each was in; a node that was given back after its work is not told.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    up: set[tuple[str, int]] = set()
+    for entry in scratch.list("progress/"):
+        told = _OF_ROUND.match(entry.name)
+        if told is None:
+            continue
+        with contextlib.suppress(ValueError, KeyError, StoreError, OSError):
+            for beat in json.loads(scratch.read(entry.name))["pools"]:
+                pool, round_ = beat["pool"], int(told[1])
+                if not beat["down"] or (beat["settled"] and not beat["failed"]):
+                    up.add((pool, round_))
+                if round_ >= found.get(pool, (0, ""))[0]:
+                    found[pool] = (round_, str(beat["down"] or ""))
+    return {pool: why for pool, (round_, why) in found.items() if why and (pool, round_) not in up}
+
+
 def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
     """Counts per pool; tokens are None while nothing is known of them."""
     return {

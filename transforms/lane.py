@@ -355,6 +355,11 @@ class Lane:
         """Whether all that it may send hangs on a probe that has come back and is not settled yet."""
         return self.breaker.probe is not None and self.pending_results > 0 and self.engine_in_flight == 0
 
+    def look_once_more(self) -> None:
+        """Finds out whether the engine is gone, where all that it was handed has come back and nothing is left."""
+        if self.retire is None and not self.engine_in_flight and getattr(self.engine, "dead", False):
+            self.poll()
+
     def mark_down(self, why: str) -> None:
         self.down = why
 

@@ -140,6 +140,8 @@ class Shift:
             yield from self._flush(final=True)
             for slot in self._slots.values():
                 slot.booked()
+            for lane in self._lanes.values():
+                lane.look_once_more()
             beat()
         if self._dispatches:
             dispatch.close(self._context.journal, self._context.scratch_name, self._task.prefix)

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bidbeam.connectors import prime_gpus
 from bidbeam.connectors.doubles import EndpointDouble, Reply
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.fetch import FeedError, bare, fetch_json
+from bidbeam.connectors.front_prime import PrimeFront, listing
 from bidbeam.connectors.front_server import Call, FrontServer
 from bidbeam.connectors.front_targon import TargonFront, machine
 from bidbeam.connectors.fronts import ProviderFront
@@ -32,6 +34,7 @@ from tests.small_jobs import DAY, by_the_hour, prompts, remote, write_job, writt
 
 NOW = datetime(2026, 11, 23, 6, tzinfo=UTC)
 DEEPSEEK = {"input": Decimal("1.00"), "output": Decimal("1.00"), "cached_input": Decimal("0.10")}
+OWN = {"tiny": {"source": "package:none"}}
 NEMO = {"input": Decimal("0.0245"), "output": Decimal("0.0978"), "cached_input": Decimal("0.0024")}
 
 
@@ -446,7 +449,7 @@ def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) ->
         machine("h200-1x", "H200", 1, 2.5, 2),
         machine("h200-2x", "H200", 2, 2.0, 0),
     ]
-    models = {"tiny": {"source": "package:none"}}
+    models = OWN
     with TargonFront(machines) as front:
 
         def hour(name: str) -> dict[str, Any]:
@@ -463,6 +466,75 @@ def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) ->
         assert resolved(tmp_path, pair, models=models).price.unit_prices["setup"] == per_second(Decimal("4.4"))
         assert "all are taken" in refusal(tmp_path, hour("h200-2x"), models=models)
         assert "Targon offers no 'b200' now" in refusal(tmp_path, hour("b200"), models=models)
+
+
+LISTED = [
+    listing("eu-8x", "H100_80GB", 8, 17.6, "DE"),
+    listing("us-1x", "H100_80GB", 1, 1.9, "US"),
+    listing("attic", "H100_80GB", 1, None, "DE", security="community_cloud")
+    | {"prices": {"onDemand": 9, "communityPrice": 1.5, "currency": "USD"}},
+    listing("nowhere", "H100_80GB", 1, 1.1, None),
+    listing("spot", "H100_80GB", 1, 0.5, "DE", isSpot=True),
+    listing("gone", "H100_80GB", 1, 0.6, "DE", stock="Unavailable"),
+    listing("free", "H100_80GB", 1, 0, "DE"),
+    listing("euros", "H100_80GB", 1, None, "DE") | {"prices": {"onDemand": 0.7, "currency": "EUR"}},
+    listing("rare", "B300_288GB", 8, 40.0, "FR", stock="Low"),
+]
+
+
+@pytest.mark.parametrize(
+    ("placement", "machine", "hour", "told"),
+    [
+        ({}, "h100_80gb", "1.1", "nowhere a-cloud secure_cloud"),
+        ({"jurisdiction": "global"}, "H100_80GB", "1.1", "nowhere a-cloud secure_cloud"),
+        ({"jurisdiction": "EEA"}, "H100_80GB", "1.5", "attic a-cloud DE community_cloud"),
+        ({"jurisdiction": "EU", "operator": "community"}, "H100_80GB", "1.5", "attic a-cloud DE community_cloud"),
+        ({"jurisdiction": "DE", "operator": "datacenter"}, "H100_80GB", "2.2", "eu-8x a-cloud DE secure_cloud"),
+        ({"operator": "cloud", "jurisdiction": "US"}, "H100_80GB", "1.9", "us-1x a-cloud US secure_cloud"),
+        ({"jurisdiction": "DE"}, "eu-8x", "17.6", "eu-8x a-cloud DE secure_cloud"),
+        ({}, "B300_288GB", "5", "rare a-cloud FR secure_cloud"),
+    ],
+)
+def test_primes_availability_prices_a_pool_by_machines_where_and_of_whom_it_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: dict[str, str], machine: str, hour: str, told: str
+) -> None:
+    """The cheapest in stock by price, country and security; what it says of itself stands in the price's source."""
+    monkeypatch.setenv("PRIME_API_KEY", "key-of-the-availability")
+    with PrimeFront(LISTED, key="key-of-the-availability", page=4) as front:
+        monkeypatch.setattr(prime_gpus, "PRIME_URL", front.url)
+        pool = by_the_hour("near", price={"source": "live", "feed": "prime", "machine": machine}, placement=placement)
+        price = resolved(tmp_path, pool, models=OWN).price
+        assert [call.query["page"] for call in front.calls] == ["1", "2", "3"]
+    assert price.unit_prices["accelerator_second"] == per_second(Decimal(hour))
+    assert price.source == f"prime {told} {front.url}"
+    assert price.fetched_at == NOW
+
+
+def test_primes_availability_says_why_it_prices_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere, of others, all taken, unknown, behind a key; and the key goes to Prime's own address alone."""
+    monkeypatch.setenv("PRIME_API_KEY", "key-of-the-availability")
+
+    def asking(machine: str, **more: Any) -> dict[str, Any]:
+        placement = {"jurisdiction": "FR", "operator": "datacenter"}
+        live = {"source": "live", "feed": "prime", "machine": machine, **more}
+        return by_the_hour("near", price=live, placement=placement)
+
+    many = [*[listing(f"m{n}", "H100_80GB", 1, 2.0, "US") for n in range(120)], *LISTED]
+    with PrimeFront(many, key="key-of-the-availability") as front:
+        monkeypatch.setattr(prime_gpus, "PRIME_URL", front.url)
+        elsewhere = refusal(tmp_path, asking("H100_80GB"), models=OWN)
+        assert [call.query["page"] for call in front.calls] == ["1", "2"]
+        assert "those that it has are not where or of whom the pool declares: DE" in elsewhere
+        front.listings[:] = [listing("fr", "H100_80GB", 1, 2.0, "FR", stock="Unavailable")]
+        assert "offers no 'H100_80GB' now; all are taken" in refusal(tmp_path, asking("H100_80GB"), models=OWN)
+        assert "offers no 'H200' now; it has fr" in refusal(tmp_path, asking("H200"), models=OWN)
+        front.listings[:] = [listing("fr", "H100_80GB", 1, 2000.0, "FR")]
+        assert "comes to 2000 USD, which cannot be" in refusal(tmp_path, asking("H100_80GB"), models=OWN)
+        front.calls.clear()
+        shut = refusal(tmp_path, asking("fr", url=front.url), models=OWN)
+        assert "(401" in shut
+        assert "is PRIME_API_KEY set and valid?" in shut
+        assert all("authorization" not in call.headers for call in front.calls)
 
 
 def _listed(component: str, usd: str, unit: str = "Hrs") -> str:

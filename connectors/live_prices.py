@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.fetch import FeedError
 from bidbeam.connectors.pools import Meter, PoolSpec
-from bidbeam.connectors.price_feeds import feed_names, fetch_prices, has_feed
+from bidbeam.connectors.price_feeds import DEAREST_HOUR_USD, feed_names, fetch_prices, has_feed
 
 if TYPE_CHECKING:
     from bidbeam.connectors.machines import Offer, Wanted
@@ -18,8 +18,6 @@ HOUR_FEEDS = ("targon", "prime")
 """Feeds of machines by the hour, for pools that are paid so; ``price_feeds`` has those of tokens."""
 AWS = "aws"
 """AWS's price list, for a SageMaker endpoint: an instance's hour, which measured throughput makes a token's price."""
-DEAREST_HOUR_USD = Decimal(1000)
-"""An accelerator's hour dearer than this is a price in another unit."""
 
 
 def feeds_for(*, by_hour: bool) -> tuple[str, ...]:

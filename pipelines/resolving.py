@@ -96,11 +96,9 @@ def _checked(job: Job, place: int, pool: PoolSpec) -> PoolSpec | ConfigError:
 
 
 def check(price: PriceSchedule, fx: Mapping[str, FxRate], expected: Mapping[Meter, Decimal] | None) -> None:
-    """Raises FeedError for a token price that cannot be right at this rate of exchange."""
+    """Raises FeedError for a price that cannot be right at this rate of exchange."""
     from bidbeam.connectors.price_feeds import check_plausible
 
-    if price.by_time:
-        return
     usd = Decimal(1) if price.currency == "USD" else fx[price.currency].rate
     check_plausible(price.unit_prices, usd, expected)
 

@@ -420,6 +420,45 @@ def test_prices_written_down_may_be_dated(tmp_path: Path) -> None:
     assert valid_at([resolve(job_of(tmp_path, base | {"price": new}), NOW).pools[0].price], NOW)
 
 
+@pytest.mark.parametrize(
+    ("price", "rate", "message"),
+    [
+        ({"input": "0.0000001", "output": "0.40"}, None, "price.input: comes to 0.0000000000001 for a single token"),
+        ({"input": "20000", "output": "20000"}, None, "price.input: comes to 0.02 for a single token"),
+        ({"request": "150"}, None, "price.request: cannot be: a request comes to 150 USD"),
+        ({"accelerator_hour": "7100"}, None, "an accelerator comes to 7100 USD an hour"),
+        ({"input": "3", "output": "3", "currency": "TAO"}, "400", None),
+        ({"input": "30", "output": "30", "currency": "TAO"}, "400", "price.input: comes to 0.00003 for a single token"),
+        ({"accelerator_hour": "3", "currency": "TAO"}, "400", "an accelerator comes to 1200 USD an hour"),
+    ],
+)
+def test_what_is_written_down_in_the_wrong_unit_is_refused_too(
+    tmp_path: Path, price: dict[str, str], rate: str | None, message: str | None
+) -> None:
+    """Tokens, requests and hours, in dollars or at the rate of their currency: at their line, before a start."""
+    hourly = "accelerator_hour" in price
+    pool = (
+        by_the_hour("near", price=price)
+        if hourly
+        else remote("near", price={"per": "1M tokens"})
+        | {"price": price | ({"per": "1M tokens"} if "input" in price else {})}
+    )
+    fx = None if rate is None else {"TAO": {"rate": rate, "at": "2026-11-23T05:00:00Z", "source": "by hand"}}
+    if message is None:
+        assert job_of(tmp_path, pool, fx=fx).pools[0].price.unit_prices
+    else:
+        with pytest.raises(ConfigError) as caught:
+            job_of(tmp_path, pool, fx=fx, models=OWN if hourly else None)
+        assert message in str(caught.value)
+
+
+def test_a_throughput_that_cannot_be_makes_no_price(tmp_path: Path) -> None:
+    """An hour divided by next to nothing is dearer than any token."""
+    pool = remote("live", capacity={"tokens_per_second": "0.001"}) | {"price": {"accelerator_hour": "1.408"}}
+    with pytest.raises(ConfigError, match=r"uncached input comes to 0\.39"):
+        job_of(tmp_path, pool)
+
+
 def test_an_hour_becomes_the_price_of_a_token_by_measured_throughput(tmp_path: Path) -> None:
     """A remote machine that is rented by the hour: the hour / what it serves in one, half-even at 15 places."""
     pool = remote("live", price={"per": None}, capacity={"tokens_per_second": 2400}) | {

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from decimal import ROUND_HALF_EVEN, Context, Decimal
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.fetch import FeedError
 from bidbeam.connectors.pools import Meter, PoolSpec
-from bidbeam.connectors.price_feeds import feed_names, fetch_prices, has_feed
+from bidbeam.connectors.price_feeds import DEAREST_HOUR_USD, feed_names, fetch_prices, has_feed
 
 if TYPE_CHECKING:
-    from bidbeam.connectors.targon import Offer
+    from bidbeam.connectors.machines import Offer, Wanted
 
-HOUR_FEEDS = ("targon",)
+HOUR_FEEDS = ("targon", "prime")
 """Feeds of machines by the hour, for pools that are paid so; ``price_feeds`` has those of tokens."""
 AWS = "aws"
 """AWS's price list, for a SageMaker endpoint: an instance's hour, which measured throughput makes a token's price."""
-DEAREST_HOUR_USD = Decimal(1000)
-"""An accelerator's hour dearer than this is a price in another unit."""
-
-_WIDE = Context(prec=100)
 
 
 def feeds_for(*, by_hour: bool) -> tuple[str, ...]:
@@ -62,39 +58,33 @@ def live_instance_hour(spec: PoolSpec, instance: str, *, url: str | None) -> tup
     return hour, told
 
 
-def live_hour(machine: str, *, url: str | None, gpus: int) -> tuple[Decimal, str]:
-    """USD for an hour of a machine that Targon offers, and where that is from.
-
-    ``machine`` is an offer's name, and then the hour is that of the whole machine; or an accelerator, and then it is
-    that of ``gpus`` of them, where one costs least. Only what is free counts. Raises FeedError.
-    """
+def live_hour(feed: str, wanted: Wanted, *, url: str | None) -> tuple[Decimal, str]:
+    """USD for an hour of a machine that a feed (of HOUR_FEEDS) offers now, and where that is from. Raises FeedError."""
     from bidbeam.connectors.fetch import bare, checked_host
-    from bidbeam.connectors.targon import TARGON_URL, targon_offers
+    from bidbeam.connectors.machines import cheapest
 
-    base = url or TARGON_URL
+    name, own, read = _hour_feed(feed, url)
+    base = url or own
     checked_host(base)
     try:
-        offers = targon_offers(base)
+        found = cheapest(read(base), wanted)
     except PoolDown as error:
         raise FeedError(str(error)) from None
-    wanted = machine.casefold()
-    named = [each for each in offers if each.name.casefold() == wanted]
-    like = named or [each for each in offers if each.gpu_type.casefold() == wanted]
-    free = [each for each in like if each.available is None or each.available > 0]
-    if not free:
-        known = ", ".join(sorted({each.name for each in offers})[:10])
-        raise FeedError(
-            f"Targon offers no {machine!r} now" + ("; all are taken" if like else f"; it has {known or 'nothing'}")
-        )
-
-    def hour_of(offer: Offer) -> Decimal:
-        if named:
-            return offer.price_per_hour
-        share = _WIDE.divide(_WIDE.multiply(offer.price_per_hour, Decimal(gpus)), Decimal(max(offer.gpu_count, 1)))
-        return share.quantize(Decimal("1e-12"), ROUND_HALF_EVEN, _WIDE)
-
-    best = min(free, key=lambda each: (hour_of(each), each.name))
-    hour = hour_of(best)
+    if isinstance(found, str):
+        raise FeedError(f"{name} offers no {wanted.machine!r} now; {found}")
+    hour, offer = found
     if hour > DEAREST_HOUR_USD:
-        raise FeedError(f"an hour of {machine!r} comes to {hour.normalize():f} USD, which cannot be")
-    return hour, f"targon {best.name} {bare(base)}"
+        raise FeedError(f"an hour of {wanted.machine!r} comes to {hour.normalize():f} USD, which cannot be")
+    return hour, f"{feed} {offer.told} {bare(base)}"
+
+
+def _hour_feed(feed: str, url: str | None) -> tuple[str, str, Callable[[str], list[Offer]]]:
+    """A feed's name, its own address, and how it is read."""
+    if feed == "targon":
+        from bidbeam.connectors import targon
+
+        return "Targon", targon.TARGON_URL, targon.targon_offers
+    from bidbeam.connectors import prime_gpus
+
+    key = prime_gpus.prime_key() if url is None else None
+    return "Prime Intellect", prime_gpus.PRIME_URL, lambda base: prime_gpus.prime_offers(base, key)

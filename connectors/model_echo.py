@@ -26,6 +26,8 @@ _SERVED = frozenset((
     "bf16", "int4", "int8", "mxfp4", "nvfp4",
 ))  # fmt: skip
 """What a name may end with and be of the same model: how it is served."""
+_RESPELT = {("gpt", "35"): ("gpt", "3", "5")}
+"""How names begin that some clouds cannot spell as others do: Azure's have no dot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def _parts(name: str) -> tuple[str, ...]:
     parts = _PART.findall(last)
     while len(parts) > 1 and parts[0] in _BEFORE:
         del parts[0]
-    return tuple(parts)
+    return (*_RESPELT.get(tuple(parts[:2]), parts[:2]), *parts[2:])
 
 
 def _stem_and_date(name: str) -> tuple[tuple[str, ...], str]:

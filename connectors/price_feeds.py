@@ -26,6 +26,10 @@ DEAREST_TOKEN_USD = Decimal("0.01")
 """A token dearer than this is a price in the wrong unit."""
 CHEAPEST_TOKEN_USD = Decimal("1e-12")
 """So is a token cheaper than this, a millionth of a dollar for a million, that is not free."""
+DEAREST_HOUR_USD = Decimal(1000)
+"""An accelerator's hour dearer than this is a price in another unit."""
+DEAREST_REQUEST_USD = Decimal(100)
+"""And so is a request dearer than this."""
 MOST_INPUT_TO_OUTPUT = 100
 """So is input that costs more than this many times the output: nobody sells it so."""
 MOST_CHANGE = 100
@@ -193,14 +197,9 @@ def check_plausible(
     ``expected`` what the pools file takes them to be, per single token or request.
     """
     for meter, price in unit_prices.items():
-        if meter not in ("uncached_input", "cached_input", "cache_write", "output"):
-            continue
-        value = _WIDE.multiply(price, usd)
-        if value > DEAREST_TOKEN_USD or 0 < value < CHEAPEST_TOKEN_USD:
-            raise FeedError(
-                f"the price of {meter.replace('_', ' ')} comes to {value.normalize():f} USD for a single token, which "
-                "cannot be: it is in another unit than this feed is known for"
-            )
+        said = implausible(meter, price, usd)
+        if said is not None:
+            raise FeedError(f"the price of {said}, which cannot be: it is in another unit than this feed is known for")
     input_, output = unit_prices.get("uncached_input"), unit_prices.get("output")
     if input_ is not None and output is not None and input_ > MOST_INPUT_TO_OUTPUT * output > 0:
         raise FeedError(f"input costs more than {MOST_INPUT_TO_OUTPUT} times the output, which cannot be")
@@ -219,6 +218,19 @@ def check_plausible(
                 f"the price of {meter.replace('_', ' ')} is {told.normalize():f}, more than {MOST_CHANGE} times off "
                 f"the {price.normalize():f} that the pools file expects"
             )
+
+
+def implausible(meter: Meter, price: Decimal, usd: Decimal) -> str | None:
+    """What a unit price comes to, where that can be no price of such a unit; None where it can."""
+    value, name = _WIDE.multiply(price, usd), meter.replace("_", " ")
+    if meter == "request":
+        return f"a request comes to {value.normalize():f} USD" if value > DEAREST_REQUEST_USD else None
+    if meter in ("accelerator_second", "accelerator_idle_second", "setup"):
+        hour = _WIDE.multiply(value, Decimal(3600)).quantize(Decimal("0.01"), ROUND_HALF_EVEN, _WIDE)
+        return f"an accelerator comes to {hour.normalize():f} USD an hour" if hour > DEAREST_HOUR_USD else None
+    if value > DEAREST_TOKEN_USD or 0 < value < CHEAPEST_TOKEN_USD:
+        return f"{name} comes to {value.normalize():f} USD for a single token"
+    return None
 
 
 def money_of(value: object) -> Decimal | None:

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -42,6 +42,8 @@ _OURS: dict[str, tuple[ErrorClass, str]] = {
     "BotoCoreError": ("auth_funds", "no usable AWS credentials"),
 }
 """What an exception of AWS's client amounts to, by the name of the nearest of its classes; its text is left out."""
+MOST_ERROR_BYTES = 2**20
+"""Of an error AWS's client reads all that comes, before anybody can ask how much that is."""
 _UNCONNECTED = frozenset({"ConnectTimeoutError", "EndpointConnectionError", "ProxyConnectionError"})
 
 
@@ -172,13 +174,43 @@ def runtime_client(spec: PoolSpec) -> Any:
                 key=f"pools.{spec.name}.profile",
                 expected="them where boto3 looks: AWS_* variables, ~/.aws, or the machine's role",
             )
-        return session.client("sagemaker-runtime", endpoint_url=spec.base_url, config=config)
+        return _bounded(session.client("sagemaker-runtime", endpoint_url=spec.base_url, config=config))
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"AWS's client cannot be set up ({type(error).__name__})",
             key=f"pools.{spec.name}.options",
             expected="a region and credentials that boto3 takes",
         ) from None
+
+
+def _bounded(client: Any) -> Any:
+    """The client, which now reads no more than so much of an error."""
+    session = client._endpoint.http_session
+
+    def send(request: Any, **_: Any) -> Any:
+        response = session.send(request)
+        if response.status_code >= 300:
+            response.raw = _Bounded(response.raw)
+        return response
+
+    client.meta.events.register("before-send.sagemaker-runtime.InvokeEndpoint", send)
+    return client
+
+
+class _Bounded:
+    """What comes in of an error, as AWS's client reads it."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def stream(self) -> Iterator[bytes]:
+        left = MOST_ERROR_BYTES
+        for piece in self._raw.stream():
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                self._raw.close()
+                return
 
 
 def _prefix_namer(client: Any) -> Callable[[str | None], dict[str, str]]:

@@ -6,33 +6,14 @@ with a price, which is all a price source needs.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any
-
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.json_call import NoAnswer, call_json
-from bidbeam.connectors.price_feeds import money_of
-from bidbeam.connectors.wire_json import pointer
+from bidbeam.connectors.machines import Offer, hour_price, name_of
+from bidbeam.connectors.wire_json import pointer, whole
 
 TARGON_URL = "https://api.targon.com"
 _PATH = "/tha/v2/inventory?gpu=true"
 """Without ``type``: its names have changed (``serverless`` became ``rental``), and a machine is known by its GPUs."""
-_DEAREST_HOUR = Decimal(100_000)
-_NAME = re.compile(r"[ -~]{1,128}")
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """One kind of machine. ``price_per_hour`` is USD for all its GPUs together; ``available`` None: not said."""
-
-    name: str
-    gpu_type: str
-    gpu_count: int
-    price_per_hour: Decimal
-    available: int | None
-    type: str = ""
 
 
 def targon_offers(base_url: str | None = None, key: str | None = None) -> list[Offer]:
@@ -59,21 +40,9 @@ def targon_offers(base_url: str | None = None, key: str | None = None) -> list[O
 
 
 def _offer(entry: object) -> Offer | None:
-    name, gpu = pointer(entry, "/name"), pointer(entry, "/spec/gpu_type")
-    count, price = _whole(pointer(entry, "/spec/gpu_count")), _price(pointer(entry, "/cost_per_hour"))
-    if not isinstance(name, str) or not isinstance(gpu, str) or not count or price is None:
-        return None
-    if not _NAME.fullmatch(name) or not _NAME.fullmatch(gpu):
+    name, gpu = name_of(pointer(entry, "/name")), name_of(pointer(entry, "/spec/gpu_type"))
+    count, price = whole(pointer(entry, "/spec/gpu_count")), hour_price(pointer(entry, "/cost_per_hour"))
+    if name is None or gpu is None or not count or price is None:
         return None
     kind = pointer(entry, "/type")
-    return Offer(name, gpu, count, price, _whole(pointer(entry, "/available")), kind if isinstance(kind, str) else "")
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _price(value: Any) -> Decimal | None:
-    """A price above 0: a machine that costs nothing is a gap in the feed, not an offer."""
-    price = money_of(value)
-    return price if price is not None and 0 < price < _DEAREST_HOUR else None
+    return Offer(name, gpu, count, price, whole(pointer(entry, "/available")), kind if isinstance(kind, str) else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
 from bidbeam.transforms.journal import sound_segments
+from bidbeam.transforms.region_check import believed
 from bidbeam.transforms.rendering import RenderSpec, check_columns
 from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
 
@@ -42,6 +44,7 @@ _LOT_TOKENS = (4_096, 1_048_576)
 _LOTS_PER_POOL = 16
 _DEFAULT_BLOCK = 16
 _CPU_BLOCK = 128
+_log = logging.getLogger("bidbeam.pools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +268,15 @@ def make_context(
     spent = sum((segment.cost for segment in earlier), Decimal(0 if manifest is None else manifest["cost"]))
     contexts = longest_contexts(job, facts)
     size = sum(split.size_bytes for split in plan.splits)
+    trusted = believed(journal, job.pools)
+    for void, pool in zip(trusted, job.pools, strict=True):
+        if void != pool:
+            _log.warning(
+                "pool %s: it answered this run from elsewhere than it declares, so that counts no more", pool.name
+            )
     pools = tuple(
         replace(pool, context=max((pool_context(pool, facts[m]) or 0 for m in pool.models), default=0) or None)
-        for pool in job.pools
+        for pool in trusted
     )
     counted = baselines(job)
     return RunContext(

@@ -121,15 +121,21 @@ def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
     yield f"Attempt{number} ({kind}) on {it.pool}: {it.status}{took}"
     if it.request_id != request_id:
         yield f"  made for {it.request_id}"
-    error = [it.error_class, None if it.http_status is None else f"HTTP {it.http_status}", it.error_message]
+    said = it.error_message
+    if said is not None and it.http_status is not None:
+        said = said.removeprefix(f"{it.http_status}: ")
+    error = [it.error_class, None if it.http_status is None else f"HTTP {it.http_status}", said]
     if it.status != "ok" and any(part is not None for part in error):
         yield f"  error: {', '.join(part for part in error if part is not None)}"
     written = "" if it.cache_write_tokens is None else f"{it.cache_write_tokens} written to the cache, "
     cut = ", cut off at max_tokens" if it.finish_reason == "length" else ""
-    yield (
-        f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, {written}"
-        f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'}){cut}"
-    )
+    if it.input_tokens is None and it.output_tokens is None:
+        yield f"  tokens: none reported{cut}"
+    else:
+        yield (
+            f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, {written}"
+            f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'}){cut}"
+        )
     if it.other_model:
         yield f"  the answer names another model: {it.model_returned}"
     facts = {

@@ -75,6 +75,11 @@ class PoolProbe:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def measured(self) -> bool:
+        """Whether each of its models has answered a request."""
+        return all(model.latency_s is not None for model in self.models)
+
 
 @dataclass(frozen=True, slots=True)
 class PoolsReport:
@@ -264,9 +269,12 @@ def _measure(job: Job, pool: PoolSpec, found: _Found) -> None:
 
 def _told(job: Job, pool: PoolSpec, found: _Found, unpriced: ConfigError | None) -> PoolProbe:
     from bidbeam.pipelines.offers import price_text
+    from bidbeam.pipelines.price_sources import FALLBACK
     from bidbeam.transforms.placement import LABELS, eligible
 
-    problems = list(dict.fromkeys(found.problems))
+    problems, notes = list(dict.fromkeys(found.problems)), list(found.notes)
+    if pool.price.source.startswith(FALLBACK):
+        notes.append("its feed does not tell its price: a run would pay the fallback")
     if unpriced is not None:
         problems.insert(0, f"no price: {unpriced.problem}")
     priced = bool(pool.price.unit_prices)
@@ -290,7 +298,7 @@ def _told(job: Job, pool: PoolSpec, found: _Found, unpriced: ConfigError | None)
         eligible=allowed,
         why_not=why_not,
         problems=tuple(problems),
-        notes=tuple(found.notes),
+        notes=tuple(notes),
     )
 
 

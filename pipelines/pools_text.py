@@ -22,11 +22,21 @@ def pools_text(report: PoolsReport) -> str:
         said += [("note", text) for text in pool.notes]
         if said:
             lines.append(f"{pool.pool}\n" + _indented(aligned(said)))
-    bad = [pool.pool for pool in report.pools if not pool.ok]
-    rows = [("pools", f"{len(report.pools)}" + (f", to mend: {', '.join(bad)}" if bad else ", all fine"))]
+    rows = [("pools", f"{len(report.pools)}, {_verdict(report)}")]
     if report.run_id is not None:
         rows += [("probes cost", usd(report.cost)), ("ledger", report.ledger_url or ""), ("run", report.run_id)]
     return "\n\n".join([*lines, aligned(rows)])
+
+
+def _verdict(report: PoolsReport) -> str:
+    """What is wrong with whom; where nothing is, of whom that is not known: a list of models may ask for no key."""
+    bad = [pool.pool for pool in report.pools if not pool.ok]
+    if bad:
+        return f"to mend: {', '.join(bad)}"
+    unasked = [pool.pool for pool in report.pools if not pool.measured]
+    if unasked:
+        return f"nothing wrong found; no request was sent to {', '.join(unasked)}"
+    return "nothing wrong found" if any(pool.notes for pool in report.pools) else "all fine"
 
 
 def _row(pool: PoolProbe, model: ModelProbe) -> tuple[str, ...]:
@@ -37,7 +47,7 @@ def _row(pool: PoolProbe, model: ModelProbe) -> tuple[str, ...]:
         "in our workers" if pool.kind == "vllm" else _flag(pool.reachable),
         _flag(model.served),
         pool.price or "unknown",
-        "" if model.latency_s is None else duration_text(model.latency_s),
+        duration_text(model.latency_s) if model.latency_s is not None else "failed" if model.error is not None else "",
         "" if model.tokens_per_second is None else f"{model.tokens_per_second:,.1f}",
         "fits the job" if pool.eligible else f"not for this job: {pool.why_not}",
     )

@@ -14,6 +14,8 @@ from bidbeam.pipelines.terms import PriceSource
 from bidbeam.pipelines.yaml_text import Node
 
 SOURCES = ("live", "list", "file")
+FALLBACK = "fallback of the pools file"
+"""How the source of a price begins that counts because its feed does not answer."""
 _KEYS = ("source", "feed", "url", "served_by", "machine", "provider", "model", "path", "currency", "fallback", "expect")
 _OWN_KEYS = {
     "live": ("feed", "url", "served_by", "machine"),
@@ -128,7 +130,7 @@ def _fallback(node: Node, pool: str, currency: str, by_hour: bool, tokens_per_se
         {currency: None},
         by_hour=by_hour,
         tokens_per_second=tokens_per_second,
-        source="fallback of the pools file",
+        source=FALLBACK,
     )
 
 

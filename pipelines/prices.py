@@ -10,7 +10,7 @@ from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact
 
 from bidbeam.connectors.pools import Demand, Meter, PriceSchedule
-from bidbeam.connectors.price_feeds import DEAREST_TOKEN_USD, PLACES
+from bidbeam.connectors.price_feeds import PLACES, implausible
 from bidbeam.pipelines.config_check import Fields, decimal_of, fault, moment_of, nearest, shown, text_of
 from bidbeam.pipelines.yaml_text import Node
 
@@ -79,6 +79,7 @@ def price_of(
     if valid_from is not None and valid_to is not None and valid_to <= valid_from:
         raise fault(fields.need("valid_to", ""), "ends before it begins", "a moment after valid_from")
     hour = fields.get("accelerator_hour")
+    rate = Decimal(1) if currency == "USD" else fx[currency] or Decimal(0)
     if hour is not None and not by_hour and tokens_per_second is not None:
         _check_alone(fields)
         unit_prices = by_throughput(_unit_price(hour, 0), tokens_per_second)
@@ -86,9 +87,10 @@ def price_of(
     elif hour is not None:
         unit_prices = _by_hour(fields, hour, by_hour)
     else:
-        rate = Decimal(1) if currency == "USD" else fx[currency] or Decimal(0)
         also = " or accelerator_hour" if by_hour else ""
         unit_prices = token_prices(fields, f'input and output, such as "0.10" and "0.40" per: 1M tokens{also}', rate)
+    if hour is not None:
+        _check_plausible(hour, unit_prices, rate)
     priced = schedule_of(pool, unit_prices, currency, told, valid_from=valid_from, valid_to=valid_to)
     return replace(priced, demand=_demand(fields, by_hour))
 
@@ -178,6 +180,7 @@ def token_prices(fields: Fields, expected: str, usd: Decimal = Decimal(1)) -> di
         raise fault(fields.node, "names no price", expected)
     if request is not None:
         prices["request"] = _unit_price(request, 0)
+        _check_plausible(request, {"request": prices["request"]}, usd)
     return prices
 
 
@@ -191,9 +194,15 @@ def _power(fields: Fields) -> int:
 
 def _token_price(node: Node, power: int, usd: Decimal) -> Decimal:
     price = _unit_price(node, power)
-    if _WIDE.multiply(price, usd) > DEAREST_TOKEN_USD:
+    if implausible("output", price, usd) is not None:
         raise fault(node, f"comes to {price.normalize():f} for a single token", "a price in the unit that `per` names")
     return price
+
+
+def _check_plausible(node: Node, unit_prices: Mapping[Meter, Decimal], usd: Decimal) -> None:
+    for meter, price in unit_prices.items():
+        if (said := implausible(meter, price, usd)) is not None:
+            raise fault(node, f"cannot be: {said}", "a price in the unit of its key")
 
 
 def _unit_price(node: Node, power: int) -> Decimal:

@@ -20,6 +20,7 @@ from bidbeam.connectors.pools import Meter, PoolSpec, PriceSchedule
 from bidbeam.pipelines.terms import FxRate, FxSource, PriceSource
 
 if TYPE_CHECKING:
+    from bidbeam.connectors.machines import Wanted
     from bidbeam.pipelines.job import Job
 
 _THREADS = 8
@@ -95,11 +96,9 @@ def _checked(job: Job, place: int, pool: PoolSpec) -> PoolSpec | ConfigError:
 
 
 def check(price: PriceSchedule, fx: Mapping[str, FxRate], expected: Mapping[Meter, Decimal] | None) -> None:
-    """Raises FeedError for a token price that cannot be right at this rate of exchange."""
+    """Raises FeedError for a price that cannot be right at this rate of exchange."""
     from bidbeam.connectors.price_feeds import check_plausible
 
-    if price.by_time:
-        return
     usd = Decimal(1) if price.currency == "USD" else fx[price.currency].rate
     check_plausible(price.unit_prices, usd, expected)
 
@@ -125,8 +124,7 @@ def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> PriceSchedule:
     from bidbeam.pipelines.prices import by_throughput, hour_prices, schedule_of
 
     if source.by_hour:
-        gpus = math.prod(_whole(pool.engine.get(f"{how}_parallel_size")) for how in ("tensor", "pipeline"))
-        hour, told = live_hour(source.machine or "", url=source.url, gpus=gpus)
+        hour, told = live_hour(source.feed or pool.profile or "", _wanted(pool, source), url=source.url)
         return schedule_of(pool.name, hour_prices(hour), source.currency, told, fetched_at=now)
     if source.tokens_per_second is not None and of_aws(pool.profile, source.feed):
         hour, told = live_instance_hour(pool, source.machine or "", url=source.url)
@@ -137,6 +135,24 @@ def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> PriceSchedule:
         pool, feed=source.feed, url=source.url, served_by=source.served_by, currency=source.currency
     )
     return schedule_of(pool.name, prices, source.currency, told, fetched_at=now)
+
+
+def _wanted(pool: PoolSpec, source: PriceSource) -> Wanted:
+    """The machines that a pool is made of: those where it is said to be, and of whom, as far as that is declared."""
+    from bidbeam.connectors.machines import Wanted
+    from bidbeam.transforms.placement import countries_of
+
+    gpus = math.prod(_whole(pool.engine.get(f"{how}_parallel_size")) for how in ("tensor", "pipeline"))
+    operator = pool.placement.get("operator")
+    # Targon's inventory says neither: what it offers is the community's, wherever it stands.
+    if (source.feed or pool.profile) == "targon":
+        return Wanted(source.machine or "", gpus)
+    return Wanted(
+        source.machine or "",
+        gpus,
+        countries_of(pool.placement.get("jurisdiction")),
+        vetted=operator not in (None, "community"),
+    )
 
 
 def _whole(value: object) -> int:

@@ -198,4 +198,5 @@ def summary(
         wasted=Decimal(manifest.get("wasted", 0)),
         truncated=manifest.get("truncated", 0),
         other_models=dict(manifest.get("other_models", {})),
+        down=dict(manifest.get("down", {})),
     )

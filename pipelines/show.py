@@ -27,6 +27,9 @@ def summary_text(summary: RunSummary) -> str:
     if summary.other_models:
         odd = sum(summary.other_models.values())
         rows.append(("other model", f"{_answers(odd, 'names')} another model: {_asked_of(summary)}"))
+    rows += [
+        ("down", why if why.startswith(f"pool {name}") else f"pool {name}: {why}") for name, why in summary.down.items()
+    ]
     rows.append(("tokens", _tokens(summary)))
     rows.append(("cost", usd(summary.cost) + _saved(summary.cost, summary.baseline_cost)))
     if summary.wasted:

@@ -55,6 +55,8 @@ class RunSummary:
     """Answers that were cut off at ``max_tokens``."""
     other_models: Mapping[str, int] = field(default_factory=dict)
     """Answers that plainly name another model than was asked for, by the names they give."""
+    down: Mapping[str, str] = field(default_factory=dict)
+    """Why pools were down when the start ended, by name: a wrong key, no funds, nobody there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,9 @@ class Watch:
     def _note_down(self, pool: dict[str, Any]) -> None:
         if pool["down"] and pool["pool"] not in self._down:
             self._down.add(pool["pool"])
-            self._progress.note(f"pool {pool['pool']} is down: {pool['down']}")
+            # What an engine says of itself names its pool.
+            told = str(pool["down"]).startswith(f"pool {pool['pool']}")
+            self._progress.note(pool["down"] if told else f"pool {pool['pool']} is down: {pool['down']}")
         for note in pool.get("notes", ()):
             if (pool["pool"], note) not in self._noted:
                 self._noted.add((pool["pool"], note))

@@ -20,10 +20,12 @@ from typing import Any
 import pyarrow as pa
 from small_jobs import DAY, by_the_hour, remote
 
+from bidbeam.connectors import prime_gpus, targon
 from bidbeam.connectors.batch_lines import Asked, overall_message, read_line
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import BidbeamError, ConfigError, InputError, StoreError
 from bidbeam.connectors.fetch import FeedError
+from bidbeam.connectors.front_prime import listing
 from bidbeam.connectors.fx_feeds import _coingecko, _kraken
 from bidbeam.connectors.http_wire import Outcome, read_answer
 from bidbeam.connectors.inputs import plan_input, read_split
@@ -33,7 +35,6 @@ from bidbeam.connectors.pools import PoolSpec, PriceSchedule
 from bidbeam.connectors.price_feeds import SHAPES, check_plausible, read_prices
 from bidbeam.connectors.profiles import PROFILES
 from bidbeam.connectors.secrets import known_secrets, mask, read_key
-from bidbeam.connectors.targon import _offer
 from bidbeam.connectors.wire_json import pointer, read_json
 from bidbeam.pipelines.job import Job
 from bidbeam.transforms.output_checks import check_answers
@@ -158,8 +159,8 @@ def feed(data: bytes) -> None:
             told(error)
     items = document if isinstance(document, list) else pointer(document, "/items")
     for each in items if isinstance(items, list) else ():
-        offer = _offer(each)
-        assert offer is None or offer.name.isprintable()
+        for offer in (targon._offer(each), prime_gpus._offer(each)):
+            assert offer is None or offer.told.isprintable()
 
 
 SPEC = RenderSpec(
@@ -309,6 +310,7 @@ TARGETS: Mapping[str, Target] = {
         _json({"error": [], "result": {"TAOUSD": {"c": ["401.5", "1"], "a": ["402"], "b": ["401"]}}}),
         _json({"bittensor": {"usd": 401.5, "last_updated_at": 1767355200}}),
         _json({"items": [{"name": "h100", "spec": {"gpu_type": "h100", "gpu_count": 8}, "cost_per_hour": "8.1"}]}),
+        _json({"items": [listing("de-8x", "H100", 8, 17.6, "DE")], "totalCount": 1}),
     ]),
     "jsonl": Target(jsonl, [
         b'{"id": "a", "prompt": "one"}\n{"id": "b", "prompt": "two", "temperature": 0.5}\n',

@@ -6,7 +6,8 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.front_batch import BatchFront, Fate
 from bidbeam.connectors.front_vertex import VertexBatchFront
 from bidbeam.connectors.pools import PoolSpec, PriceSchedule
-from bidbeam.connectors.profile_record import Auth
-from bidbeam.connectors.profiles import profile
+from bidbeam.connectors.profile_record import Auth, ToldRegion
+from bidbeam.connectors.profiles import PROFILES, profile
 from bidbeam.connectors.store import Store
 from bidbeam.transforms.batches import settle_strays
+from bidbeam.transforms.lane import Lane
 from bidbeam.transforms.settling import Terms
 
 pytestmark = pytest.mark.timeout(30)
@@ -656,12 +658,52 @@ def test_strays_of_a_lost_batch_are_booked_at_their_worst_case(
         while engine.in_flight:
             engine.gathered()
             assert not engine.poll()
-            strays = settle_strays(engine, Terms("slow", "tiny", at.price)) or strays
+            strays = settle_strays(engine, Terms("slow", "tiny", at.price), {})[0] or strays
             at.wake.wait(0.05)
         assert strays is not None
         assert strays.column("status").to_pylist() == ["lost"] * 3
         assert strays.column("tag").null_count == 3
         assert sum(strays.column("cost").to_pylist()) == 3 * (9 * Decimal("1E-7") + 8 * Decimal("4E-7"))
+
+
+def test_strays_from_elsewhere_are_failures_that_are_paid_for(
+    upstream: EndpointDouble, desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that was taken over is held to its pool's country too, where a line says where it was run."""
+    told = replace(PROFILES["openai-compatible"], told_region=ToldRegion("/region", {"eastus": "US"}))
+    monkeypatch.setattr("bidbeam.connectors.profiles.PROFILES", {**PROFILES, "openai-compatible": told})
+
+    def moved(lines: list[bytes]) -> list[bytes]:
+        return [line.replace(b'"body": {', b'"body": {"region": "East US", ', 1) for line in lines]
+
+    with BatchFront(upstream.base_url, fates=[Fate(lines=moved)]) as front:
+        at = desk(front)
+        leave(at, asks(3))
+        lane = Lane(
+            "slow",
+            "tiny",
+            at.open(),
+            Terms("slow", "tiny", at.price),
+            meter=None,
+            admit=lambda _: True,
+            open_lot=lambda *_: Future(),
+            announce=None,
+            overhead_id=lambda _: bytes(16),
+            round=1,
+            labels={"jurisdiction": "DE"},
+        )
+        found = []
+        while lane.engine.in_flight:
+            lane.engine.gathered()
+            assert not lane.engine.poll()
+            found += [] if (rows := lane.settle_unasked()) is None else rows.to_pylist()
+            at.wake.wait(0.05)
+    assert lane.strayed
+    assert not lane.open
+    assert [(row["status"], row["error_class"], row["jurisdiction"]) for row in found] == [
+        ("failed", "policy", "US")
+    ] * 3
+    assert all(row["cost"] > 0 for row in found)
 
 
 ENDS = st.sampled_from(["completed", "completed", "expired", "cancelled", "failed"])

@@ -6,6 +6,8 @@ import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.store import Store
+from bidbeam.pipelines.progress import NullProgress
+from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import dispatch
 from bidbeam.transforms.booking import _settled_once
-from bidbeam.transforms.heartbeat import SoFar, name_of, so_far
+from bidbeam.transforms.heartbeat import SoFar, name_of, so_far, why_down
 from bidbeam.transforms.journal import list_segments, read_segment, write_segment
+from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms, settle
 
 AT = datetime(2026, 1, 2, 3, tzinfo=UTC)
@@ -221,6 +226,45 @@ def test_pools_are_known_by_how_they_fared_in_the_rounds_before(tmp_path: Path) 
     assert {name: pool.down for name, pool in so_far(scratch, 3).items()} == {"near": True, "far": True, "late": False}
     assert so_far(scratch, 4)["near"] == SoFar(17, 9, False, 3)
     assert so_far(scratch, 1) == {}
-    rows = [{"pool": "near", "settled": 0, "failed": 1, "down": "from elsewhere", "strayed": True}]
+    rows = [{"pool": "near", "settled": 0, "failed": 1, "down": "from elsewhere"}]
     scratch.create(name_of("r004-s000"), json.dumps({"at": AT.isoformat(), "pools": rows}).encode())
-    assert so_far(scratch, 5)["near"] == SoFar(17, 10, True, 4, strayed=True)
+    assert so_far(scratch, 5)["near"] == SoFar(17, 10, True, 4)
+
+
+class Heard(NullProgress):
+    """Keeps what people are told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_why_a_pool_was_down_is_told_once_and_kept_for_the_end(tmp_path: Path) -> None:
+    """An engine names its pool itself; one that is up elsewhere or again, or that ended after its work, is not told."""
+    scratch = Store.at(str(tmp_path))
+
+    def beat(prefix: str, **pools: tuple[int, int, str | None]) -> None:
+        counts = ("in_flight", "input_tokens", "cached_tokens", "output_tokens", "ideal_cached_tokens")
+        rows = [
+            {"pool": name, "settled": ok, "failed": bad, "down": why, "cost": "0", **dict.fromkeys(counts, 0)}
+            for name, (ok, bad, why) in pools.items()
+        ]
+        scratch.create(name_of(prefix), json.dumps({"at": AT.isoformat(), "pools": rows}).encode())
+
+    beat("r001-s000", far=(0, 2, "pool far at host is down: 401"), half=(3, 1, "gone"), node=(9, 0, "given back"))
+    beat("r001-s001", half=(4, 0, None), back=(0, 1, "gone"), never=(0, 0, "no node to be had"))
+    beat("r002-s000", back=(5, 0, None))
+    assert why_down(scratch) == {"far": "pool far at host is down: 401", "never": "no node to be had"}
+    context = SimpleNamespace(scratch=scratch, rows=1, spent=Decimal(0), max_cost=None)
+    watch = Watch(cast(RunContext, context), heard := Heard())
+    watch.snapshot()
+    watch.snapshot()
+    assert sorted(heard.notes) == [
+        "pool back is down: gone",
+        "pool far at host is down: 401",
+        "pool half is down: gone",
+        "pool never is down: no node to be had",
+        "pool node is down: given back",
+    ]

@@ -26,8 +26,9 @@ from bidbeam.connectors.front_render import KEY, RenderFront
 from bidbeam.connectors.front_targon import TargonFront, machine
 from bidbeam.connectors.lease_engine import LeaseEngine
 from bidbeam.connectors.leases import LeaseBook, LeaseRecord
+from bidbeam.connectors.machines import Offer
 from bidbeam.connectors.store import Store
-from bidbeam.connectors.targon import Offer, targon_offers
+from bidbeam.connectors.targon import targon_offers
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.run import run_job

@@ -21,6 +21,7 @@ from tests.small_jobs import DAY, by_the_hour, make_job, prompts, remote, write_
 KEY = "unremarkable-key-of-a-pool"
 PRICES = {"vendor/tiny": {"input": Decimal("1.00"), "output": Decimal("2.00"), "cached_input": Decimal("0.10")}}
 VERTEX = {"project": "p", "location": "europe-west4"}
+KEYED = {"api_key_env": "POOLS_TEST_KEY"}
 OWN = {"tiny": {"source": "package:none"}}
 
 
@@ -207,6 +208,28 @@ def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path, capsys: p
     assert told["pools"][0]["unit_prices"]["output"] == "0.000000400000000"
     assert told["exit_code"] == 3
     assert invoke(["pools", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_all_is_fine_only_where_every_pool_has_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A public list of models lets any key in, and a fallback hides a feed that does not: neither is called fine."""
+    with (
+        EndpointDouble(["theirs"]) as upstream,
+        ProviderFront("chutes", upstream.base_url, {"vendor/tiny": "theirs"}, key="another", prices=PRICES) as closed,
+        EndpointDouble(["tiny"]) as good,
+    ):
+        theirs = {"profile": "chutes", "api_key_env": "POOLS_TEST_KEY", "models": {"tiny": "vendor/tiny"}}
+        fallback = {"input": "0.10", "output": "0.40", "per": "1M tokens"}
+        live = {"source": "live", "url": "http://127.0.0.1:9/prices", "fallback": fallback}
+        for pool, flags, verdict in (
+            (remote("far", closed.base_url, **theirs), ["--free"], "nothing wrong found; no request was sent to far"),
+            (remote("far", closed.base_url, **theirs), [], "to mend: far"),
+            (remote("near", good.base_url, profile="openrouter") | {"price": live, **KEYED}, [], "nothing wrong found"),
+            (remote("near", good.base_url), [], "all fine"),
+        ):
+            invoke(["pools", str(write_job(tmp_path, prompts(2), [pool])), *flags])
+            told = capsys.readouterr().out
+            assert next(line for line in told.splitlines() if line.startswith("pools ")).endswith(f"1, {verdict}")
+            assert (verdict != "to mend: far") or told.splitlines()[2].split()[-4:] == ["failed", "fits", "the", "job"]
 
 
 def test_no_key_is_ever_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,14 +50,17 @@ def test_prices_per_million_become_exact_prices_per_token() -> None:
     }  # fmt: skip
 
 
-@given(st.integers(0, 10**12), st.sampled_from(sorted(UNITS)))
+@given(st.integers(0, 10**14), st.sampled_from(sorted(UNITS)))
 def test_any_price_that_fits_is_kept_exactly(units: int, per: str) -> None:
     """Whatever 15 places hold is converted without rounding, and multiplied back gives what was written."""
     power = UNITS[per]
     written = Decimal(units).scaleb(power - 15)
-    if Fraction(written) / 10**power > Fraction(1, 100):
-        return
     price = f'price: {{input: "{written:f}", output: 0, per: {per}}}'
+    if units > 10**13 or 0 < units < 1000:
+        # More than a cent for a token, or less than a millionth of a dollar for a million: in another unit.
+        with pytest.raises(ConfigError, match="for a single token"):
+            read(remote(price=price))
+        return
     found = read(remote(price=price)).pools[0].price.unit_prices["uncached_input"]
     assert Fraction(found) * 10**power == Fraction(written)
 

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bidbeam.connectors import prime_gpus
 from bidbeam.connectors.doubles import EndpointDouble, Reply
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.fetch import FeedError, bare, fetch_json
+from bidbeam.connectors.front_prime import PrimeFront, listing
 from bidbeam.connectors.front_server import Call, FrontServer
 from bidbeam.connectors.front_targon import TargonFront, machine
 from bidbeam.connectors.fronts import ProviderFront
@@ -32,6 +34,7 @@ from tests.small_jobs import DAY, by_the_hour, prompts, remote, write_job, writt
 
 NOW = datetime(2026, 11, 23, 6, tzinfo=UTC)
 DEEPSEEK = {"input": Decimal("1.00"), "output": Decimal("1.00"), "cached_input": Decimal("0.10")}
+OWN = {"tiny": {"source": "package:none"}}
 NEMO = {"input": Decimal("0.0245"), "output": Decimal("0.0978"), "cached_input": Decimal("0.0024")}
 
 
@@ -417,6 +420,45 @@ def test_prices_written_down_may_be_dated(tmp_path: Path) -> None:
     assert valid_at([resolve(job_of(tmp_path, base | {"price": new}), NOW).pools[0].price], NOW)
 
 
+@pytest.mark.parametrize(
+    ("price", "rate", "message"),
+    [
+        ({"input": "0.0000001", "output": "0.40"}, None, "price.input: comes to 0.0000000000001 for a single token"),
+        ({"input": "20000", "output": "20000"}, None, "price.input: comes to 0.02 for a single token"),
+        ({"request": "150"}, None, "price.request: cannot be: a request comes to 150 USD"),
+        ({"accelerator_hour": "7100"}, None, "an accelerator comes to 7100 USD an hour"),
+        ({"input": "3", "output": "3", "currency": "TAO"}, "400", None),
+        ({"input": "30", "output": "30", "currency": "TAO"}, "400", "price.input: comes to 0.00003 for a single token"),
+        ({"accelerator_hour": "3", "currency": "TAO"}, "400", "an accelerator comes to 1200 USD an hour"),
+    ],
+)
+def test_what_is_written_down_in_the_wrong_unit_is_refused_too(
+    tmp_path: Path, price: dict[str, str], rate: str | None, message: str | None
+) -> None:
+    """Tokens, requests and hours, in dollars or at the rate of their currency: at their line, before a start."""
+    hourly = "accelerator_hour" in price
+    pool = (
+        by_the_hour("near", price=price)
+        if hourly
+        else remote("near", price={"per": "1M tokens"})
+        | {"price": price | ({"per": "1M tokens"} if "input" in price else {})}
+    )
+    fx = None if rate is None else {"TAO": {"rate": rate, "at": "2026-11-23T05:00:00Z", "source": "by hand"}}
+    if message is None:
+        assert job_of(tmp_path, pool, fx=fx).pools[0].price.unit_prices
+    else:
+        with pytest.raises(ConfigError) as caught:
+            job_of(tmp_path, pool, fx=fx, models=OWN if hourly else None)
+        assert message in str(caught.value)
+
+
+def test_a_throughput_that_cannot_be_makes_no_price(tmp_path: Path) -> None:
+    """An hour divided by next to nothing is dearer than any token."""
+    pool = remote("live", capacity={"tokens_per_second": "0.001"}) | {"price": {"accelerator_hour": "1.408"}}
+    with pytest.raises(ConfigError, match=r"uncached input comes to 0\.39"):
+        job_of(tmp_path, pool)
+
+
 def test_an_hour_becomes_the_price_of_a_token_by_measured_throughput(tmp_path: Path) -> None:
     """A remote machine that is rented by the hour: the hour / what it serves in one, half-even at 15 places."""
     pool = remote("live", price={"per": None}, capacity={"tokens_per_second": 2400}) | {
@@ -446,7 +488,7 @@ def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) ->
         machine("h200-1x", "H200", 1, 2.5, 2),
         machine("h200-2x", "H200", 2, 2.0, 0),
     ]
-    models = {"tiny": {"source": "package:none"}}
+    models = OWN
     with TargonFront(machines) as front:
 
         def hour(name: str) -> dict[str, Any]:
@@ -463,6 +505,75 @@ def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) ->
         assert resolved(tmp_path, pair, models=models).price.unit_prices["setup"] == per_second(Decimal("4.4"))
         assert "all are taken" in refusal(tmp_path, hour("h200-2x"), models=models)
         assert "Targon offers no 'b200' now" in refusal(tmp_path, hour("b200"), models=models)
+
+
+LISTED = [
+    listing("eu-8x", "H100_80GB", 8, 17.6, "DE"),
+    listing("us-1x", "H100_80GB", 1, 1.9, "US"),
+    listing("attic", "H100_80GB", 1, None, "DE", security="community_cloud")
+    | {"prices": {"onDemand": 9, "communityPrice": 1.5, "currency": "USD"}},
+    listing("nowhere", "H100_80GB", 1, 1.1, None),
+    listing("spot", "H100_80GB", 1, 0.5, "DE", isSpot=True),
+    listing("gone", "H100_80GB", 1, 0.6, "DE", stock="Unavailable"),
+    listing("free", "H100_80GB", 1, 0, "DE"),
+    listing("euros", "H100_80GB", 1, None, "DE") | {"prices": {"onDemand": 0.7, "currency": "EUR"}},
+    listing("rare", "B300_288GB", 8, 40.0, "FR", stock="Low"),
+]
+
+
+@pytest.mark.parametrize(
+    ("placement", "machine", "hour", "told"),
+    [
+        ({}, "h100_80gb", "1.1", "nowhere a-cloud secure_cloud"),
+        ({"jurisdiction": "global"}, "H100_80GB", "1.1", "nowhere a-cloud secure_cloud"),
+        ({"jurisdiction": "EEA"}, "H100_80GB", "1.5", "attic a-cloud DE community_cloud"),
+        ({"jurisdiction": "EU", "operator": "community"}, "H100_80GB", "1.5", "attic a-cloud DE community_cloud"),
+        ({"jurisdiction": "DE", "operator": "datacenter"}, "H100_80GB", "2.2", "eu-8x a-cloud DE secure_cloud"),
+        ({"operator": "cloud", "jurisdiction": "US"}, "H100_80GB", "1.9", "us-1x a-cloud US secure_cloud"),
+        ({"jurisdiction": "DE"}, "eu-8x", "17.6", "eu-8x a-cloud DE secure_cloud"),
+        ({}, "B300_288GB", "5", "rare a-cloud FR secure_cloud"),
+    ],
+)
+def test_primes_availability_prices_a_pool_by_machines_where_and_of_whom_it_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: dict[str, str], machine: str, hour: str, told: str
+) -> None:
+    """The cheapest in stock by price, country and security; what it says of itself stands in the price's source."""
+    monkeypatch.setenv("PRIME_API_KEY", "key-of-the-availability")
+    with PrimeFront(LISTED, key="key-of-the-availability", page=4) as front:
+        monkeypatch.setattr(prime_gpus, "PRIME_URL", front.url)
+        pool = by_the_hour("near", price={"source": "live", "feed": "prime", "machine": machine}, placement=placement)
+        price = resolved(tmp_path, pool, models=OWN).price
+        assert [call.query["page"] for call in front.calls] == ["1", "2", "3"]
+    assert price.unit_prices["accelerator_second"] == per_second(Decimal(hour))
+    assert price.source == f"prime {told} {front.url}"
+    assert price.fetched_at == NOW
+
+
+def test_primes_availability_says_why_it_prices_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere, of others, all taken, unknown, behind a key; and the key goes to Prime's own address alone."""
+    monkeypatch.setenv("PRIME_API_KEY", "key-of-the-availability")
+
+    def asking(machine: str, **more: Any) -> dict[str, Any]:
+        placement = {"jurisdiction": "FR", "operator": "datacenter"}
+        live = {"source": "live", "feed": "prime", "machine": machine, **more}
+        return by_the_hour("near", price=live, placement=placement)
+
+    many = [*[listing(f"m{n}", "H100_80GB", 1, 2.0, "US") for n in range(120)], *LISTED]
+    with PrimeFront(many, key="key-of-the-availability") as front:
+        monkeypatch.setattr(prime_gpus, "PRIME_URL", front.url)
+        elsewhere = refusal(tmp_path, asking("H100_80GB"), models=OWN)
+        assert [call.query["page"] for call in front.calls] == ["1", "2"]
+        assert "those that it has are not where or of whom the pool declares: DE" in elsewhere
+        front.listings[:] = [listing("fr", "H100_80GB", 1, 2.0, "FR", stock="Unavailable")]
+        assert "offers no 'H100_80GB' now; all are taken" in refusal(tmp_path, asking("H100_80GB"), models=OWN)
+        assert "offers no 'H200' now; it has fr" in refusal(tmp_path, asking("H200"), models=OWN)
+        front.listings[:] = [listing("fr", "H100_80GB", 1, 2000.0, "FR")]
+        assert "comes to 2000 USD, which cannot be" in refusal(tmp_path, asking("H100_80GB"), models=OWN)
+        front.calls.clear()
+        shut = refusal(tmp_path, asking("fr", url=front.url), models=OWN)
+        assert "(401" in shut
+        assert "is PRIME_API_KEY set and valid?" in shut
+        assert all("authorization" not in call.headers for call in front.calls)
 
 
 def _listed(component: str, usd: str, unit: str = "Hrs") -> str:

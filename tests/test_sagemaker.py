@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_jobs import PRICE, check_conserved, make_job, prompts, remote, written
 
+from bidbeam.connectors import sagemaker_engine
 from bidbeam.connectors.doubles import NO_USAGE, RESET, EndpointDouble, Reply
 from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.front_sagemaker import ACCESS_KEY, SECRET_KEY, SagemakerFront, model_error, sagemaker_error
@@ -269,6 +270,22 @@ def test_what_the_wire_does_is_told_apart(container: EndpointDouble, fault: Repl
         found = ask(spec(front, timeout_s=0.3))[0]
     assert (found["status"], found["error_class"]) == ("failed", error_class)
     assert len(front.calls) == 1
+
+
+def test_of_an_error_no_more_is_read_than_it_takes_to_tell(
+    container: EndpointDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS's client reads an error whole before anybody is asked: it gets the beginning of one that does not end."""
+    monkeypatch.setattr(sagemaker_engine, "MOST_ERROR_BYTES", 5000)
+    endless = sagemaker_error(503, "ServiceUnavailable", "no room " * 100_000)
+    with SagemakerFront(container.base_url, [endless, endless]) as front:
+        client = sagemaker_engine.runtime_client(spec(front))
+        with pytest.raises(client.exceptions.ClientError) as caught:
+            client.invoke_endpoint(EndpointName=front.endpoint, Body=b"{}")
+        assert len(repr(caught.value.response)) < 7000
+        found = ask(spec(front))[0]
+        assert (found["error_class"], found["http_status"]) == ("capacity", 503)
+        assert ask(spec(front))[0]["status"] == "ok"
 
 
 def test_usage_that_the_container_leaves_out_stays_unknown() -> None:

@@ -108,6 +108,18 @@ def test_reports_that_cannot_be_true_cost_a_pool_its_next_lots(tmp_path: Path) -
     assert doubt == {"inflated": 1, "swapped": 1, "honest": 0}
 
 
+def test_a_refused_key_is_told_once_and_without_made_up_tokens(tmp_path: Path) -> None:
+    """Why the pool is down stands in one line; an attempt without usage has no question marks for figures."""
+    with EndpointDouble(["tiny"], api_key="another") as closed:
+        job = make_job(tmp_path, prompts(1), [remote("far", closed.base_url)], auction={"rounds": 1})
+        summary = run(job)
+    said = f"pool far at {closed.host} is down: 401: Incorrect API key provided."
+    assert summary.down == written(job).manifest["down"] == {"far": said}
+    assert f"\ndown          {said}\n" in summary_text(summary)
+    story = render_text(explain_request(job.ledger, "q0"))
+    assert "  error: auth_funds, HTTP 401, Incorrect API key provided.\n  tokens: none reported\n" in story
+
+
 def azure(name: str, base_url: str, **keys: Any) -> dict[str, Any]:
     """A pool whose answers name their region."""
     return remote(name, base_url, profile="azure", api_key_env="TOLD_KEY", **keys)
@@ -170,6 +182,30 @@ def test_a_pool_alone_is_not_left_without_what_may_go_anywhere(tmp_path: Path, m
             pools = [remote("other", other.base_url, placement={"jurisdiction": "DE"})]
             second = run(make_job(tmp_path, rows, pools, auction={"rounds": 2}))
     assert (second.served, second.status) == (8, "complete")
+
+
+def test_a_later_start_does_not_ask_a_pool_again_that_answered_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what was refused nor what is new goes there, until the pools file says something else of the pool."""
+    monkeypatch.setenv("TOLD_KEY", "some-key")
+    asked = pa.array(['{"jurisdictions":["EEA"]}'] * 12)
+    with EndpointDouble(["tiny"], Reply(headers={"x-ms-region": "eastus2"})) as liar:
+
+        def start(number: int, rows: int, jurisdiction: str) -> tuple[bool, set[str | None], set[str | None]]:
+            """Whether a request went there, and why the pool did not bid in the first round and in the second."""
+            before = len(liar.requests)
+            pool = azure("liar", liar.base_url, placement={"jurisdiction": jurisdiction})
+            job = make_job(tmp_path, prompts(rows).append_column("placement", asked[:rows]), [pool])
+            assert run(job).served == 0
+            mine = [bid for bid in written(job).rows("bids") if bid["lot_id"].startswith(f"s{number}-")]
+            why = ({bid["reject_reason"] for bid in mine if bid["round"] == round_} for round_ in (1, 2))
+            return len(liar.requests) > before, *why
+
+        void = {"placement:jurisdiction (undeclared)"}
+        assert start(1, 8, "DE") == (True, {None}, void)
+        assert start(2, 12, "DE")[:2] == (False, void)
+        assert start(3, 12, "FR")[:2] == (True, {None})
 
 
 def test_nothing_is_compared_where_nothing_is_declared_or_said() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from bidbeam.connectors.batch_journal import BatchJournal, Intent
 from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.transforms.compaction import kept_answers
 from bidbeam.transforms.journal import list_segments
+from bidbeam.transforms.region_check import check_regions
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms, book_lost, settle
 
@@ -45,16 +48,23 @@ def booked_rows(context: RunContext, intent: Intent) -> npt.NDArray[np.bool_]:
     return booked
 
 
-def settle_strays(engine: Engine, terms: Terms) -> pa.Table | None:
-    """SEGMENT rows, without a tag, of what came back to an engine and nobody asks for any more; None of nothing."""
+def settle_strays(engine: Engine, terms: Terms, labels: Mapping[str, Any]) -> tuple[pa.Table | None, str | None]:
+    """SEGMENT rows, without a tag, of what came back to an engine and nobody asks for any more; None of nothing.
+
+    And what the first of them says that was processed where ``labels`` do not declare the pool to be: see
+    ``check_regions``.
+    """
     if not isinstance(engine, Lasting):
-        return None
+        return None, None
     parts: list[pa.RecordBatch] = []
+    astray: str | None = None
     for requests, results in engine.strays():
         unknown = pc.and_(pc.equal(results.column("status"), "cancelled"), pc.is_null(results.column("input_tokens")))
         lost, known = results.filter(unknown), results.filter(pc.invert(unknown))
         if lost.num_rows:
             parts.append(book_lost(requests.filter(unknown), terms, lost.column("finished_at")[0].as_py()))
         if known.num_rows:
+            known, said = check_regions(known, labels)
+            astray = astray or said
             parts.append(settle(requests.filter(pc.invert(unknown)), known, terms, accelerator_ms=None))
-    return pa.Table.from_batches(parts).unify_dictionaries() if parts else None
+    return pa.Table.from_batches(parts).unify_dictionaries() if parts else None, astray

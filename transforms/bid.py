@@ -25,12 +25,12 @@ from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_st
 from bidbeam.transforms.clearing import Clearing, clear
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
-from bidbeam.transforms.heartbeat import SoFar, so_far
+from bidbeam.transforms.heartbeat import so_far
 from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
 from bidbeam.transforms.next_best import next_best
 from bidbeam.transforms.outage import wait_out
-from bidbeam.transforms.region_check import undeclared
+from bidbeam.transforms.region_check import believed
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift_task import Award, ShiftTask
@@ -180,12 +180,10 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     budget = None if context.max_cost is None else max(context.max_cost - spent, Decimal(0))
     wanted = set(lots.column("model").to_pylist())
     before = so_far(context.scratch, round_) if round_ > 1 else {}
+    if round_ > 1:
+        # Who answered from elsewhere declares nothing any more: what restricts where it goes does not go there again.
+        context = replace(context, pools=believed(context.journal, context.pools))
     states = pool_states(context, now, round_)
-    # Who answered from elsewhere declares nothing any more: what restricts where it goes does not go there again.
-    states = [
-        replace(each, spec=undeclared(each.spec)) if before.get(each.spec.name, SoFar()).strayed else each
-        for each in states
-    ]
     pools, held = _afford_engines(context, round_, states, wanted, budget)
     bids = prefer_untried(
         make_bids(

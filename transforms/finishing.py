@@ -19,6 +19,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
 from bidbeam.transforms.decisions import market_parts
+from bidbeam.transforms.heartbeat import why_down
 from bidbeam.transforms.published import OutputFile, PoolCount, Published
 from bidbeam.transforms.run_context import RunContext
 
@@ -86,6 +87,7 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
         "truncated": total.truncated,
         "other_models": dict(total.other_models),
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
+        "down": why_down(context.scratch),
         "input": record.fingerprint,
         "version": record.version,
         "outputs": _files(total.outputs),

@@ -47,8 +47,6 @@ class SoFar:
     failed: int = 0
     down: bool = False
     round: int = 0
-    strayed: bool = False
-    """Whether an answer came from where it does not declare to be."""
 
 
 def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
@@ -63,12 +61,32 @@ def so_far(scratch: Store, before: int) -> dict[str, SoFar]:
                 pool, round_, down = pools.setdefault(beat["pool"], SoFar()), int(found[1]), bool(beat["down"])
                 pool.settled += beat["settled"]
                 pool.failed += beat["failed"]
-                pool.strayed |= bool(beat.get("strayed"))
                 if round_ >= pool.round:
                     # Of several engines of a pool one that is up is enough.
                     pool.down = down and (pool.down or round_ > pool.round)
                     pool.round = round_
     return pools
+
+
+def why_down(scratch: Store) -> dict[str, str]:
+    """Why pools were down at the end of this start, by name: those of whose requests some failed, or none was served.
+
+    In the last round that each was in; a node that was given back after its work is not told.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    up: set[tuple[str, int]] = set()
+    for entry in scratch.list("progress/"):
+        told = _OF_ROUND.match(entry.name)
+        if told is None:
+            continue
+        with contextlib.suppress(ValueError, KeyError, StoreError, OSError):
+            for beat in json.loads(scratch.read(entry.name))["pools"]:
+                pool, round_ = beat["pool"], int(told[1])
+                if not beat["down"] or (beat["settled"] and not beat["failed"]):
+                    up.add((pool, round_))
+                if round_ >= found.get(pool, (0, ""))[0]:
+                    found[pool] = (round_, str(beat["down"] or ""))
+    return {pool: why for pool, (round_, why) in found.items() if why and (pool, round_) not in up}
 
 
 def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
@@ -88,7 +106,6 @@ def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
                 "ideal_cached_tokens": lane.ideal_cached_tokens,
                 "cost": str(lane.cost),
                 "down": lane.down or lane.out,
-                "strayed": lane.strayed,
                 "notes": lane.notes,
             }
             for lane in lanes

@@ -19,6 +19,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA, Engine, Lasting
 from bidbeam.connectors.errors import ModelError, PoolDown
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
+from bidbeam.transforms.batches import settle_strays
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
@@ -249,12 +250,22 @@ class Lane:
             batch = batch.filter(pc.invert(unsent))
         if batch.num_rows:
             batch, astray = check_regions(batch, self.labels)
-            if astray is not None and not self.strayed:
-                self.strayed, self.out = True, self.out or astray
+            self._note_stray(astray)
             if self.checks:
                 self.latencies.add(batch)
             self._weigh(batch)
             self._results.append(batch)
+
+    def _note_stray(self, astray: str | None) -> None:
+        """An answer (None: no answer) from where the pool does not declare to be: it gets no more in this round."""
+        if astray is not None and not self.strayed:
+            self.strayed, self.out = True, self.out or astray
+
+    def settle_unasked(self) -> pa.Table | None:
+        """SEGMENT rows of what came back that nobody asks for any more; None where nothing did."""
+        rows, astray = settle_strays(self.engine, self.terms, self.labels)
+        self._note_stray(astray)
+        return rows
 
     def _weigh(self, batch: pa.RecordBatch) -> None:
         """Tells the breaker how requests ended; whether answers are any good is found when they are settled."""
@@ -346,6 +357,11 @@ class Lane:
     def awaits_verdict(self) -> bool:
         """Whether all that it may send hangs on a probe that has come back and is not settled yet."""
         return self.breaker.probe is not None and self.pending_results > 0 and self.engine_in_flight == 0
+
+    def look_once_more(self) -> None:
+        """Finds out whether the engine is gone, where all that it was handed has come back and nothing is left."""
+        if self.retire is None and not self.engine_in_flight and getattr(self.engine, "dead", False):
+            self.poll()
 
     def mark_down(self, why: str) -> None:
         self.down = why

@@ -168,6 +168,12 @@ def _countries(declared: Any) -> frozenset[str] | None:
     return found if found <= COUNTRIES else None
 
 
+def countries_of(declared: Any) -> frozenset[str] | None:
+    """The countries that a pool is in by its label; None where it declares none, or may be anywhere."""
+    countries = _countries(declared)
+    return None if countries == COUNTRIES else countries
+
+
 def _within(allowed: list[str], declared: Any) -> bool:
     countries = _countries(declared)
     return countries is not None and countries <= _expand(allowed)

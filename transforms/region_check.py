@@ -1,12 +1,15 @@
 """Where answers say that they were processed, held against what their pool declares.
 
 An answer from elsewhere is a failure, never a warning: the prompt has been where it may not have been allowed. It is
-the pool that broke its word, not the request that was at fault: another pool may serve it.
+the pool that broke its word, not the request that was at fault: another pool may serve it. The run remembers it, in
+every later round and start, for as long as the pool declares the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.store import Store
 from bidbeam.transforms.output_checks import turned_down
 from bidbeam.transforms.placement import broken_label
 
@@ -21,6 +25,8 @@ ELSEWHERE = "the answer says that it was processed in "
 """How the message of such a failure begins."""
 PLACES = ("jurisdiction", "data_zone")
 """The labels that such an answer refutes."""
+_DIRECTORY = "refuted"
+"""Where in a run's journal refuted labels are written down."""
 
 
 def check_regions(results: pa.RecordBatch, labels: Mapping[str, Any]) -> tuple[pa.RecordBatch, str | None]:
@@ -53,6 +59,24 @@ def check_regions(results: pa.RecordBatch, labels: Mapping[str, Any]) -> tuple[p
 def undeclared(spec: PoolSpec) -> PoolSpec:
     """The pool without the labels that an answer has refuted: what restricts them does not go there any more."""
     return replace(spec, placement={name: label for name, label in spec.placement.items() if name not in PLACES})
+
+
+def note_refuted(journal: Store, spec: PoolSpec) -> None:
+    """Writes down that an answer has refuted what a pool declares. Idempotent."""
+    journal.create(_note_of(spec), spec.name.encode())
+
+
+def believed(journal: Store, pools: Iterable[PoolSpec]) -> tuple[PoolSpec, ...]:
+    """The pools, those whose labels an answer of this run has refuted without them."""
+    noted = {entry.name for entry in journal.list(f"{_DIRECTORY}/")}
+    return tuple(undeclared(spec) if _note_of(spec) in noted else spec for spec in pools)
+
+
+def _note_of(spec: PoolSpec) -> str:
+    """One that declares something else, or that has another address, is another: it was put right."""
+    said = [spec.name, spec.base_url, dict(spec.options), {name: spec.placement.get(name) for name in PLACES}]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{_DIRECTORY}/{digest}"
 
 
 def from_elsewhere(messages: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

@@ -27,7 +27,6 @@ from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
 from bidbeam.connectors.tokenizer import model_tools
 from bidbeam.transforms import dispatch, heartbeat, stopping
-from bidbeam.transforms.batches import settle_strays
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
 from bidbeam.transforms.hedging import HEDGE, TAIL, Hedge, Hedges
@@ -44,7 +43,7 @@ from bidbeam.transforms.leftovers import Leftovers
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.purse import Purse
 from bidbeam.transforms.recount import recount_results
-from bidbeam.transforms.region_check import undeclared
+from bidbeam.transforms.region_check import believed, note_refuted, undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
 from bidbeam.transforms.shift_task import ShiftTask
@@ -83,7 +82,7 @@ class Shift:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._task, self._context, self._spills, self._now = task, context, spills, now
-        self._specs = {spec.name: spec for spec in context.pools}
+        self._specs = {spec.name: spec for spec in believed(context.journal, context.pools)}
         self._slot = slot or (lambda pool, model, replica: slot_for(context, self._specs[pool], model, replica))
         self._wake = threading.Event()
         self._door = Door(context, spills)
@@ -102,7 +101,6 @@ class Shift:
         self._hedges = Hedges()
         self._purse = Purse(context, task.reserved, self._lanes.values)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
-        self._specs |= {pool: undeclared(self._specs[pool]) for pool, each in self._before.items() if each.strayed}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
@@ -124,7 +122,7 @@ class Shift:
                 for key, lane in list(self._lanes.items()):
                     lane.poll()
                     if lane.strayed:
-                        self._specs[lane.pool] = undeclared(self._specs[lane.pool])
+                        self._disbelieve(lane.pool)
                     if lane.restartable:
                         self._restart(key, lane)
                     self._heed(lane)
@@ -146,6 +144,8 @@ class Shift:
             yield from self._flush(final=True)
             for slot in self._slots.values():
                 slot.booked()
+            for lane in self._lanes.values():
+                lane.look_once_more()
             beat()
         if self._dispatches:
             dispatch.close(self._context.journal, self._context.scratch_name, self._task.prefix)
@@ -293,6 +293,13 @@ class Shift:
         return self._door.open(lot, wants, ideal=self._context.rehearse, try_=self._try)
 
     # -- during ---------------------------------------------------------------------------------------------------
+
+    def _disbelieve(self, pool: str) -> None:
+        """What a pool declares of where it is has been refuted: for this shift, and for all that come after it."""
+        spec = self._specs[pool]
+        if (void := undeclared(spec)) != spec:
+            self._specs[pool] = void
+            note_refuted(self._context.journal, spec)
 
     def _hand_over(self, lane: Lane) -> None:
         """Gives what a dead pool was not asked for to the next best pools that are alive, as far as the reserve goes;
@@ -552,7 +559,7 @@ class Shift:
         parts = [rows for rows, _ in closed]
         terms = {(each.price.price_id, each.model): each for _, each in closed}
         for lane in self._lanes.values():
-            settled = lane.settle(final=final), settle_strays(lane.engine, lane.terms)
+            settled = lane.settle(final=final), lane.settle_unasked()
             if any(rows is not None for rows in settled):
                 parts += [rows for rows in settled if rows is not None]
                 terms[lane.terms.price.price_id, lane.model] = lane.terms

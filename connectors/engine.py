@@ -98,6 +98,21 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Queueing(Engine, Protocol):
+    """An engine with a queue of its own: of what is in flight some may still be here. Read from any thread."""
+
+    @property
+    def sent(self) -> int:
+        """Requests that are at the pool now."""
+        ...
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds for which nothing more is sent, as the pool asked or because it pushed back; 0 where it may be."""
+        ...
+
+
+@runtime_checkable
 class Lasting(Engine, Protocol):
     """An engine whose work outlives this process: what it sent goes on, and whoever comes next takes it over.
 

@@ -185,6 +185,14 @@ class HttpEngine:
         return self._in_flight
 
     @property
+    def sent(self) -> int:
+        return len(self._active)
+
+    @property
+    def pause_s(self) -> float:
+        return self._window.pause_s
+
+    @property
     def dead(self) -> bool:
         """Whether it serves nothing any more."""
         return self._closed or self._down is not None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from typing import Any, Literal
 
 from bidbeam.connectors.errors import InputError, StoreError
+from bidbeam.connectors.near import near
 from bidbeam.connectors.store import Entry, Store
 from bidbeam.connectors.store_url import split_url
 
@@ -111,8 +111,8 @@ def _nearest(url: str, storage: Storage | None) -> str:
             store, name = Store.of_file(missing, storage)
             siblings = store.children()
             if siblings:
-                near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
-                return f"; did you mean {store.url_of(near[0])}?" if near else ""
+                meant = near(name, siblings, least=0.5)
+                return f"; did you mean {store.url_of(meant)}?" if meant else ""
             missing = store.url
     except StoreError:
         pass

@@ -118,6 +118,14 @@ class LeaseEngine:
     def in_flight(self) -> int:
         return 0 if self._inner is None else self._inner.in_flight
 
+    @property
+    def sent(self) -> int:
+        return 0 if self._inner is None else self._inner.sent
+
+    @property
+    def pause_s(self) -> float:
+        return 0.0 if self._inner is None else self._inner.pause_s
+
     def listen(self, wake: Callable[[], None]) -> None:
         with self._lock:
             self._wake = wake

@@ -6,7 +6,6 @@ reach nothing else: no other file, no network, no extension, no setting, and no 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tempfile
@@ -20,11 +19,15 @@ import pyarrow as pa
 from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.ledger_manifest import PartFile, latest_manifests, listed_files
 from bidbeam.connectors.ledger_views import VIEWS, derived_views_sql, escape_pattern, sql_text, table_view_sql
+from bidbeam.connectors.near import near, nears
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.connectors.store import Store
 
 REHEARSALS = "_rehearsals"
 """The directory in a ledger that is the ledger of the rehearsals."""
+
+_NEAREST = 3
+"""Names that a message tells of many."""
 
 _UNKNOWN_TABLE = re.compile(r"Table with name (.+?) does not exist")
 _UNKNOWN_COLUMN = re.compile(
@@ -132,6 +135,15 @@ def no_ledger(store: Store, *, rehearsals: bool) -> str:
     return f"{store.url} is not a ledger; give the directory that a job names as its ledger and has run with"
 
 
+def no_run(run_id: str, known: Sequence[str]) -> str:
+    """What to say of a run that a ledger does not have; ``known`` are those that it has, the latest first."""
+    like = nears(run_id, known, _NEAREST)
+    if like:
+        return f"the ledger has no run {run_id}; the nearest: {', '.join(like)}"
+    more = f" and {len(known) - _NEAREST:,} more" if len(known) > _NEAREST else ""
+    return f"the ledger has no run {run_id}, nor one of a name like it; it has {', '.join(known[:_NEAREST])}{more}"
+
+
 def _single_select(sql: str) -> None:
     try:
         statements = duckdb.extract_statements(sql)
@@ -148,15 +160,14 @@ def _single_select(sql: str) -> None:
 def _explained(connection: duckdb.DuckDBPyConnection, error: duckdb.Error) -> str:
     text = str(error)
     if matched := _UNKNOWN_TABLE.search(text):
-        nearest = difflib.get_close_matches(matched[1].lower(), VIEWS, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(VIEWS)}"
+        meant = near(matched[1], VIEWS)
+        hint = f"did you mean {meant}?" if meant else f"there are: {', '.join(VIEWS)}"
         return f"no view is called {matched[1]}; {hint}"
     if (matched := _UNKNOWN_COLUMN.search(text)) and (wanted := matched[1] or matched[2]):
         columns = [name for (name,) in connection.execute(_COLUMN_NAMES).fetchall()]
         # A column of that very name may stand in some other view.
-        lower = {name.lower(): name for name in columns if name.lower() != wanted.lower()}
-        nearest = difflib.get_close_matches(wanted.lower(), list(lower), n=1, cutoff=0.5)
-        hint = f"; did you mean {lower[nearest[0]]}?" if nearest else ""
+        meant = near(wanted, (name for name in columns if name.lower() != wanted.lower()))
+        hint = f"; did you mean {meant}?" if meant else ""
         return f"no column is called {wanted}{hint}\n{text}"
     return text
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -13,9 +12,11 @@ from typing import Any
 import fsspec
 
 from bidbeam.connectors.errors import ConfigError, StoreError, UsageError
+from bidbeam.connectors.near import near
 
 LOCAL_PROTOCOLS = frozenset({"file", "local"})
 _ALIASES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
+_USUAL = ("s3", "gs", "abfs", "file", "memory", "http", "https")
 _EXTRAS = {"s3": "s3", "gs": "gcs", "abfs": "azure"}
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -51,13 +52,10 @@ def split_url(url: str) -> tuple[str, str]:
         return "file", os.path.abspath(path)
     assert match is not None  # noqa: S101 - only a URL with a scheme has another protocol
     if protocol not in fsspec.available_protocols():
-        near = difflib.get_close_matches(
-            protocol, ["s3", "gs", "abfs", "file", "memory", "http", "https"], n=1, cutoff=0.5
-        )
         raise ConfigError(
             f"unknown protocol {protocol!r}",
             expected="a local path or a protocol that fsspec knows",
-            nearest=near[0] if near else None,
+            nearest=near(protocol, _USUAL, least=0.5),
         )
     rest = re.sub(r"/{2,}", "/", url[match.end() :])
     if protocol == "memory":

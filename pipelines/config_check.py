@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.near import near
 from bidbeam.pipelines.yaml_text import Node
 
 T = TypeVar("T")
@@ -36,9 +36,7 @@ def fault(node: Node, problem: str, expected: str | None = None, nearest: str | 
 
 def nearest(wrong: str, names: Iterable[str]) -> str | None:
     """The valid name that ``wrong`` most likely stands for, upper and lower case alike; None if none is close."""
-    known = {name.casefold(): name for name in names}
-    found = difflib.get_close_matches(wrong.casefold(), known, n=1, cutoff=0.55)
-    return known[found[0]] if found else None
+    return near(wrong, names)
 
 
 def shown(node: Node) -> str:

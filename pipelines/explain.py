@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bidbeam.connectors.errors import UsageError
-from bidbeam.connectors.ledger_reader import open_ledger
+from bidbeam.connectors.ledger_reader import no_run, open_ledger
+from bidbeam.connectors.near import nears
 from bidbeam.pipelines.explain_text import render_text
 from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     import duckdb
 
 __all__ = ["Explanation", "explain_request", "render_text"]
-
-_NEAREST = 3
 
 
 def explain_request(
@@ -89,15 +88,18 @@ def _clearing(ledger: duckdb.DuckDBPyConnection, run_id: str, round_: int, lot_i
 
 def _unknown(ledger: duckdb.DuckDBPyConnection, request_id: str, run_id: str | None, elsewhere: list[str]) -> str:
     if run_id is not None:
-        known = [str(row["run_id"]) for row in _rows(ledger, _NEAREST_RUNS, run_id)]
+        known = [str(row["run_id"]) for row in _rows(ledger, _RUNS)]
         if run_id not in known:
-            return f"the ledger has no run {run_id}; the nearest: {', '.join(known[:_NEAREST])}"
+            return no_run(run_id, known)
         if elsewhere:
             return f"run {run_id} has no request {request_id}; these have: {', '.join(elsewhere)}"
-    nearest = [str(row["request_id"]) for row in _rows(ledger, _NEAREST_REQUESTS, run_id, request_id)]
+    known = [str(row["request_id"]) for row in _rows(ledger, _NEAREST_REQUESTS, run_id, request_id)]
     where = f"run {run_id}" if run_id else "the ledger"
-    hint = f"the nearest: {', '.join(nearest)}" if nearest else "no run there has published its requests yet"
-    return f"{where} has no request {request_id}; {hint}"
+    if not known:
+        return f"{where} has no request {request_id}; no run there has published its requests yet"
+    like = nears(request_id, known)
+    hint = f"; the nearest: {', '.join(like)}" if like else f", nor one of an id like it; one that it has is {known[0]}"
+    return f"{where} has no request {request_id}{hint}"
 
 
 def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -160,7 +162,7 @@ SELECT pool AS winner, runner_up, payment_rule, price_paid, reserved
 FROM awards
 WHERE run_id = $1 AND round = $2 AND lot_id = $3"""
 
-_NEAREST_RUNS = "SELECT run_id FROM runs ORDER BY levenshtein(run_id, $1), started_at DESC"
+_RUNS = "SELECT run_id FROM runs ORDER BY started_at DESC, run_id DESC"
 
 _NEAREST_REQUESTS = """
 SELECT request_id
@@ -168,4 +170,4 @@ FROM requests
 WHERE request_id IS NOT NULL AND ($1 IS NULL OR run_id = $1)
 GROUP BY request_id
 ORDER BY levenshtein(request_id, $2), request_id
-LIMIT 3"""
+LIMIT 12"""

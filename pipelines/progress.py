@@ -23,9 +23,15 @@ _NOISE = ("apitools not found",)
 """What Beam logs about optional packages that no run of ours uses."""
 
 
+_RAREST = 60
+
+
 @dataclass(frozen=True, slots=True)
 class PoolProgress:
-    """One pool so far. ``spend`` is USD; ``tokens_per_s`` counts uncached input plus output, None is unknown."""
+    """One pool in this start. ``spend`` is USD; ``tokens_per_s`` counts uncached input plus output, None is unknown.
+
+    ``in_flight`` are requests that are at the pool; ``waits`` says what it waits for where nothing moves.
+    """
 
     name: str
     in_flight: int = 0
@@ -33,15 +39,23 @@ class PoolProgress:
     failed: int = 0
     tokens_per_s: float | None = None
     spend: Decimal = Decimal(0)
+    waits: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressSnapshot:
-    """The run at one moment. ``total`` None: not counted yet; token counts None: nothing reported yet."""
+    """The run at one moment, over all of its starts. ``total`` and ``settled`` None: not counted yet; token counts are
+    those of this start, None: nothing reported yet.
+
+    Of ``settled``, ``before`` were there when this start began; ``shared`` get the answer of another, and count as
+    settled once all the others are. ``dead`` are the rows that died while the plan was made.
+    """
 
     phase: str
     total: int | None = None
-    settled: int = 0
+    settled: int | None = 0
+    before: int = 0
+    shared: int = 0
     dead: int = 0
     spend: Decimal = Decimal(0)
     budget: Decimal | None = None
@@ -107,7 +121,10 @@ class NullProgress:
 
 
 class LogProgress(NullProgress):
-    """A plain line every ``every_s`` seconds while something changes, and at once when the phase does."""
+    """A plain line every ``every_s`` seconds while something gets done, and at once when the phase changes.
+
+    While nothing gets done the lines come ever less often, down to one in ``_RAREST`` times as long.
+    """
 
     def __init__(
         self, stream: TextIO | None = None, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
@@ -117,13 +134,17 @@ class LogProgress(NullProgress):
         self._shown: ProgressSnapshot | None = None
         self._latest: ProgressSnapshot | None = None
         self._shown_at = 0.0
+        self._still = 0
 
     def update(self, snapshot: ProgressSnapshot) -> None:
         """Prints the snapshot when it is due."""
         self._latest = snapshot
         now = self._clock()
-        new_phase = self._shown is None or snapshot.phase != self._shown.phase
-        if new_phase or (snapshot != self._shown and now - self._shown_at >= self._every_s):
+        if self._shown is None or snapshot.phase != self._shown.phase:
+            self._show(snapshot, now)
+            return
+        still = self._still if snapshot.done == self._shown.done else 0
+        if snapshot != self._shown and now - self._shown_at >= self._every_s * min(2**still, _RAREST):
             self._show(snapshot, now)
 
     def note(self, message: str) -> None:
@@ -137,6 +158,7 @@ class LogProgress(NullProgress):
 
     def _show(self, snapshot: ProgressSnapshot, now: float) -> None:
         print(line_of(snapshot), file=self._stream, flush=True)
+        self._still = self._still + 1 if self._shown is not None and snapshot.done == self._shown.done else 0
         self._shown, self._shown_at = snapshot, now
 
 
@@ -146,6 +168,7 @@ def line_of(snapshot: ProgressSnapshot) -> str:
     parts += [
         f"{pool.name}: {pool.settled:,} done, {pool.in_flight:,} in flight"
         + (f", {pool.failed:,} failed" if pool.failed else "")
+        + (f", {pool.waits}" if pool.waits else "")
         for pool in snapshot.pools
     ]
     return " | ".join(parts)
@@ -153,11 +176,15 @@ def line_of(snapshot: ProgressSnapshot) -> str:
 
 def _headline(snapshot: ProgressSnapshot) -> list[str]:
     parts: list[str] = []
-    if snapshot.total is not None:
+    if snapshot.total is not None and snapshot.settled is not None:
         share = f" ({100 * snapshot.settled // snapshot.total}%)" if snapshot.total else ""
         parts.append(f"{snapshot.settled:,}/{snapshot.total:,} prompts{share}")
-    elif snapshot.settled:
-        parts.append(f"{snapshot.settled:,} prompts")
+    elif snapshot.settled or snapshot.total:
+        parts.append(f"{snapshot.settled or snapshot.total:,} prompts")
+    if snapshot.before:
+        parts.append(f"{snapshot.before:,} settled before this start")
+    if snapshot.shared:
+        parts.append(f"{snapshot.shared:,} share another's answer")
     if snapshot.dead:
         parts.append(f"{snapshot.dead:,} dead")
     if snapshot.tokens_per_s is not None:
@@ -167,7 +194,7 @@ def _headline(snapshot: ProgressSnapshot) -> list[str]:
     if snapshot.cached_tokens is not None and snapshot.input_tokens:
         hits = f"cache {_share(snapshot.cached_tokens, snapshot.input_tokens)}"
         if snapshot.ideal_cached_tokens is not None:
-            hits += f" of ideal {_share(snapshot.ideal_cached_tokens, snapshot.input_tokens)}"
+            hits += f", ideal {_share(snapshot.ideal_cached_tokens, snapshot.input_tokens)}"
         parts.append(hits)
     return parts
 
@@ -223,18 +250,19 @@ def _panel(snapshot: ProgressSnapshot) -> RenderableType:
     parts: list[RenderableType] = [Text("  ".join((snapshot.phase, *_headline(snapshot))))]
     if snapshot.total:
         line = Table.grid()  # a bar alone does not end its line
-        line.add_row(ProgressBar(total=snapshot.total, completed=min(snapshot.settled, snapshot.total), width=60))
+        line.add_row(ProgressBar(total=snapshot.total, completed=min(snapshot.settled or 0, snapshot.total), width=60))
         parts.append(line)
     if snapshot.pools:
         table = Table(box=None, pad_edge=False)
         table.add_column("pool")
         for heading in ("done", "in flight", "failed", "tokens/s", "spent"):
             table.add_column(heading, justify="right")
+        if any(pool.waits for pool in snapshot.pools):
+            table.add_column("")
         for pool in snapshot.pools:
             rate = "" if pool.tokens_per_s is None else f"{pool.tokens_per_s:,.0f}"
-            table.add_row(
-                Text(pool.name), f"{pool.settled:,}", f"{pool.in_flight:,}", f"{pool.failed:,}", rate, usd(pool.spend)
-            )
+            cells = [f"{pool.settled:,}", f"{pool.in_flight:,}", f"{pool.failed:,}", rate, usd(pool.spend)]
+            table.add_row(Text(pool.name), *cells, *([Text(pool.waits)] if pool.waits else ()))
         parts.append(table)
     return Group(*parts)
 

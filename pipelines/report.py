@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.ledger_manifest import latest_manifests, listed_files
-from bidbeam.connectors.ledger_reader import ledger_store, no_ledger, open_files
+from bidbeam.connectors.ledger_reader import ledger_store, no_ledger, no_run, open_files
 from bidbeam.pipelines.report_sections import Figure, Section, figures_of, sections_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def write_report(
         raise UsageError(no_ledger(store, rehearsals=rehearsals))
     chosen = [manifest for manifest in manifests if run_id in (None, manifest.run_id)]
     if not chosen:
-        raise UsageError(_no_run(str(run_id), [manifest.run_id for manifest in manifests]))
+        raise UsageError(no_run(str(run_id), [manifest.run_id for manifest in reversed(manifests)]))
     with open_files(store, listed_files(chosen)) as ledger:
         page = render_report(ledger, title=run_id or "Every run of the ledger", ledger_url=store.url, now=now)
     _replace(target, page.encode())
@@ -85,12 +85,6 @@ def render_report(
         version=bidbeam.__version__,
         made_at=f"{now or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
-
-
-def _no_run(run_id: str, known: Sequence[str]) -> str:
-    from difflib import get_close_matches
-
-    return f"the ledger has no run {run_id}; the nearest: {', '.join(get_close_matches(run_id, known, 3, 0.0))}"
 
 
 def _replace(target: Path, page: bytes) -> None:

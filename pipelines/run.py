@@ -13,8 +13,9 @@ from decimal import Decimal
 from types import FrameType
 from typing import Any
 
-from bidbeam.connectors.errors import BidbeamError, Interrupted, UsageError
+from bidbeam.connectors.errors import BidbeamError, Interrupted
 from bidbeam.connectors.processes import workers_end_with_us
+from bidbeam.pipelines.beam_options import check_beam_options, pipeline_of
 from bidbeam.pipelines.begin import Begun, begin
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.progress import NullProgress, Progress
@@ -43,6 +44,7 @@ def run_job(job: Job, *, rehearse: bool, beam_options: list[str], progress: Prog
     signal, once what was in flight is settled.
     """
     clock = time.monotonic()
+    check_beam_options(beam_options)
     local = not _names_runner(beam_options)
     with begin(job, rehearse=rehearse, warm=local and not _in_other_processes(beam_options)) as begun:
         if begun.lease is None:
@@ -84,17 +86,10 @@ def _still_away(context: RunContext) -> str:
 
 def _pipeline(begun: Begun, beam_options: list[str]) -> None:
     # Beam takes seconds to import: engines load meanwhile.
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
     from bidbeam.pipelines.batch import build
 
     flags = beam_options if _names_runner(beam_options) else [*local_options(begun, beam_options), *beam_options]
-    try:
-        options = PipelineOptions(flags)
-        pipeline = beam.Pipeline(options=options)
-    except SystemExit as error:
-        raise UsageError(f"Beam does not take these options: {' '.join(beam_options)}") from error
+    pipeline = pipeline_of(flags)
     build(pipeline, begun.context, begun.plan.splits, begun.record)
     apart = _in_other_processes(beam_options) and not _names_runner(beam_options)
     with workers_end_with_us() if apart else contextlib.nullcontext():

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from bidbeam.connectors.errors import BidbeamError, UsageError
 from bidbeam.connectors.ledger_manifest import Manifest, PartFile, latest_manifests, listed_files
-from bidbeam.connectors.ledger_reader import REHEARSALS, ledger_store, no_ledger, open_files
+from bidbeam.connectors.ledger_reader import REHEARSALS, ledger_store, no_ledger, no_run, open_files
 from bidbeam.connectors.schemas import TABLES
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.verify_files import BATCH_ROWS, EXAMPLES, Check, Fault, check_charge_ids, check_files
@@ -65,7 +65,7 @@ def verify_ledger(
         raise UsageError(no_ledger(store, rehearsals=rehearsals))
     chosen = [manifest for manifest in manifests if run_id in (None, manifest.run_id)]
     if not chosen:
-        raise UsageError(_no_run(str(run_id), [manifest.run_id for manifest in manifests]))
+        raise UsageError(no_run(str(run_id), [manifest.run_id for manifest in reversed(manifests)]))
     parts = [part for manifest in chosen for part in manifest.parts]
     files, readable = check_files(store, parts)
     skipped: dict[str, str] = {}
@@ -85,13 +85,6 @@ def verify_ledger(
         tuple(checks),
         skipped,
     )
-
-
-def _no_run(run_id: str, known: Sequence[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(run_id, known, 3, 0.0)
-    return f"the ledger has no run {run_id}; the nearest: {', '.join(near)}"
 
 
 def _only(manifest: Manifest, readable: set[str]) -> Manifest:

@@ -11,6 +11,8 @@ from typing import Any
 
 from bidbeam.connectors.errors import StoreError
 from bidbeam.pipelines.progress import PoolProgress, Progress, ProgressSnapshot
+from bidbeam.pipelines.show import duration_text
+from bidbeam.transforms.planned import Planned, read_planned
 from bidbeam.transforms.run_context import RunContext
 
 _EVERY_S = {True: 0.5, False: 5.0}
@@ -62,13 +64,20 @@ class Watch:
                 pools.setdefault(pool["pool"], []).append(pool)
                 self._note_down(pool)
         lanes = [lane for of_pool in pools.values() for lane in of_pool]
-        settled = sum(lane["settled"] for lane in lanes)
-        phase = f"generating, round {len(rounds)}" if rounds else "planning"
+        # Ranges are planned one after another: until lots go out the counts would jump.
+        planned = read_planned(self._context.scratch) if rounds else Planned()
+        answered = min(sum(lane["settled"] for lane in lanes), planned.open)
+        over = answered == planned.open and not any(lane["in_flight"] for lane in lanes)
+        phase = "planning"
+        if rounds:
+            phase = "publishing" if over else f"generating, round {len(rounds)}"
         return ProgressSnapshot(
             phase=phase,
             total=self._context.rows,
-            settled=settled,
-            dead=0,
+            settled=planned.before + answered + (planned.shared if over else 0) if rounds else None,
+            before=planned.before,
+            shared=planned.shared,
+            dead=planned.invalid,
             spend=self._context.spent + sum((Decimal(lane["cost"]) for lane in lanes), Decimal(0)),
             budget=self._context.max_cost,
             input_tokens=sum(lane["input_tokens"] for lane in lanes) if lanes else None,
@@ -88,7 +97,26 @@ class Watch:
             failed=sum(lane["failed"] for lane in lanes),
             tokens_per_s=computed / elapsed if computed else None,
             spend=sum((Decimal(lane["cost"]) for lane in lanes), Decimal(0)),
+            waits=next((self._wait_text(name, lane["wait"]) for lane in lanes if lane.get("wait")), None),
         )
+
+    def _wait_text(self, pool: str, wait: dict[str, Any]) -> str:
+        whole = max(1, round(wait["seconds"]))
+        seconds = f"{whole} s" if whole < 60 else duration_text(whole)
+        match wait["reason"]:
+            case "ready":
+                return f"getting ready for {seconds}"
+            case "pause":
+                return f"waits {seconds} as it asked"
+            case "breaker":
+                return f"waits {seconds} before it is tried again"
+            case "probe":
+                return f"one request tries it, for {seconds}"
+            case "batch":
+                return f"waits for its batches, for {seconds}"
+        limit = next((f" of at most {each.timeout_s:g} s" for each in self._context.pools
+                      if each.name == pool and each.kind == "openai"), "")  # fmt: skip
+        return f"no answer for {seconds}{limit}"
 
     def _note_down(self, pool: dict[str, Any]) -> None:
         if pool["down"] and pool["pool"] not in self._down:

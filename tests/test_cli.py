@@ -162,6 +162,22 @@ def test_json_is_one_object_with_exact_costs(cli: Cli, job: str, monkeypatch: py
     assert told["pools"][0]["cached_tokens"] is None
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("max_token", "max_tokens"), ("temprature", "temperature"), ("topP", "top_p"), ("max_new_tokens", "max_tokens"),
+     ("top_k", None), ("repetition_penalty", None), ("chat_template_kwargs", None), ("of_our_engine", None)],
+)  # fmt: skip
+def test_a_sampling_key_that_looks_misspelt_is_told_once(
+    cli: Cli, job: str, monkeypatch: pytest.MonkeyPatch, key: str, meant: str | None
+) -> None:
+    """It goes to the engine all the same; keys that are known, or like none that is, go in silence."""
+    calls = stub_run(monkeypatch, SUMMARY)
+    code, _, err = cli("run", job, "-q", "--set", f"sampling.{key}=1")
+    assert (code, calls[0]["job"].sampling[key]) == (0, 1)
+    told = "--set: sampling.{}: is no sampling key that is known, and goes to the engine as it is; did you mean {!r}?"
+    assert err == ("" if meant is None else f"warning: {told.format(key, meant)}\n")
+
+
 @pytest.mark.parametrize("exit_code", [0, 3])
 def test_the_summary_decides_the_exit_code(cli: Cli, job: str, monkeypatch: pytest.MonkeyPatch, exit_code: int) -> None:
     """3 is done, with more dead letters than tolerated."""

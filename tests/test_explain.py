@@ -127,9 +127,14 @@ def test_every_term_of_every_bids_score_is_shown(tmp_path: Path) -> None:
     ("request_id", "run_id", "says"),
     [
         ("r22", None, "the ledger has no request r22; the nearest: r2"),
+        (
+            "r1",
+            "nightly",
+            f"the ledger has no run nightly, nor one of a name like it; it has copy-2026-11-23-cccccccc, {B}, {A}",
+        ),
         ("r1", "copy-2026-11-21-aaaaaaab", f"the ledger has no run copy-2026-11-21-aaaaaaab; the nearest: {A}"),
         ("r2", B, f"run {B} has no request r2; these have: {A}"),
-        ("r9", B, f"run {B} has no request r9; the nearest: r1"),
+        ("r9", B, f"run {B} has no request r9, nor one of an id like it; one that it has is r1"),
         ("' OR 1=1 --", None, "the ledger has no request ' OR 1=1 --"),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_line_says_what_a_run_is_watched_for() -> None:
     """Prompts, dead letters, speed, spend against budget, cache hits against the ideal, and each pool."""
     assert line_of(HALF) == (
         "generate | 1,000/2,000 prompts (50%) | 3 dead | 1,000 tokens/s | spent $0.013 of $25.00 | "
-        "cache 75.0% of ideal 80.0% | near: 800 done, 64 in flight | far: 200 done, 8 in flight, 2 failed"
+        "cache 75.0%, ideal 80.0% | near: 800 done, 64 in flight | far: 200 done, 8 in flight, 2 failed"
     )
 
 

@@ -392,7 +392,9 @@ def test_lots_are_led_around_a_pool_whose_breaker_opens(tmp_path: Path, error_cl
     progress = Shown()
     with Watch(stage.context, progress):
         pass
-    assert [note for note in progress.notes if "near" in note] == [f"pool near: {shift._AILING}"]
+    assert [note for note in progress.notes if "near" in note] == [
+        f"pool near: {shift._AILING.format(last=f' (last: {error_class})')}"
+    ]
 
 
 @pytest.mark.parametrize("failing", [9, 1000])

@@ -64,6 +64,11 @@ class Breaker:
         return 1 if self._probe is None and self._clock() >= self._until else 0
 
     @property
+    def pause_s(self) -> float:
+        """Seconds until a probe may go; 0 where one may, or all."""
+        return 0.0 if self._until is None else max(0.0, self._until - self._clock())
+
+    @property
     def probe(self) -> int | None:
         """The tag of the probe that is under way; None where there is none."""
         return self._probe

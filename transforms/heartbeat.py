@@ -6,8 +6,13 @@ import contextlib
 import json
 import re
 import threading
+<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+=======
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+>>>>>>> words
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +20,7 @@ from bidbeam.connectors.errors import StoreError
 from bidbeam.connectors.store import Store
 from bidbeam.transforms import stopping
 from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.waiting import wait_of
 
 if TYPE_CHECKING:
     from bidbeam.transforms.lane import Lane
@@ -97,7 +103,8 @@ def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
             {
                 "pool": lane.pool,
                 "model": lane.model,
-                "in_flight": lane.engine_in_flight,
+                "in_flight": lane.sent,
+                "wait": None if (wait := wait_of(lane)) is None else asdict(wait),
                 "settled": lane.settled,
                 "failed": lane.failed,
                 "input_tokens": lane.input_tokens,

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.engine import RESULT_SCHEMA, Engine, Lasting
+from bidbeam.connectors.engine import RESULT_SCHEMA, Engine, Lasting, Queueing
 from bidbeam.connectors.errors import ModelError, PoolDown
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
@@ -26,6 +26,7 @@ from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
 from bidbeam.transforms.output_checks import check_answers, would_repeat
 from bidbeam.transforms.region_check import check_regions
 from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
+from bidbeam.transforms.waiting import error_of
 
 NOT_SENT = "not sent"
 """The message of a ``cancelled`` result whose request never left the engine: nothing is owed for it."""
@@ -89,6 +90,10 @@ class Lane:
     """How many openings of the breaker its lots were led around."""
     notes: list[str] = field(default_factory=list)
     """What people should be told of it, once each."""
+    ailing: bool = False
+    """Whether people were told that its breaker opened."""
+    last_error: str | None = None
+    """How the last request that failed ended, as the ledger has it."""
     restarted: bool = False
     """Whether its engine was started again in this shift."""
     cancelled: bool = False
@@ -124,6 +129,8 @@ class Lane:
     _ready: bool = False
     _used: bool = False
     """Whether this engine was sent anything."""
+    _moved_at: float | None = None
+    """The clock when it last came to know something: an answer, or that it may begin."""
     _let_go_ms: tuple[int, int, int] | None = None
     """What an engine that was let go had taken and nobody was charged for: busy, idle and setup."""
 
@@ -135,6 +142,23 @@ class Lane:
     @property
     def engine_in_flight(self) -> int:
         return 0 if self.down else self.engine.in_flight
+
+    @property
+    def sent(self) -> int:
+        """Requests that are at the pool; what waits in the engine's own queue is not among them."""
+        return (
+            min(self.engine.sent, self.engine_in_flight) if isinstance(self.engine, Queueing) else self.engine_in_flight
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine was found loaded."""
+        return self._ready
+
+    @property
+    def still_s(self) -> float:
+        """Seconds since anything came back, or since it began."""
+        return 0.0 if self._moved_at is None else max(0.0, self.clock() - self._moved_at)
 
     @property
     def waiting(self) -> bool:
@@ -165,6 +189,8 @@ class Lane:
     def fill(self) -> None:
         """Hands the engine the next requests, in lot order, until its window is full. May find the pool down."""
         try:
+            if self._moved_at is None:
+                self._moved_at = self.clock()
             self._ready = self._ready or (self.waiting and self.loaded())
             while self.hungry:
                 room = self.engine.room
@@ -185,6 +211,8 @@ class Lane:
                 part = self._opened.requests.slice(self._at, room)
                 if self.meter is not None and self.engine.in_flight == 0:
                     self.meter().busy()
+                if self.engine.in_flight == 0:
+                    self._moved_at = self.clock()
                 # An engine that is gone takes nothing: these rows are then left over.
                 self.engine.submit(part)
                 self.breaker.sent(part.column("tag")[0].as_py())
@@ -254,6 +282,8 @@ class Lane:
             if self.checks:
                 self.latencies.add(batch)
             self._weigh(batch)
+            self._moved_at = self.clock()
+            self.last_error = error_of(batch) or self.last_error
             self._results.append(batch)
 
     def _note_stray(self, astray: str | None) -> None:
@@ -422,7 +452,9 @@ class Lane:
             results = pa.Table.from_batches(self._results, schema=RESULT_SCHEMA).combine_chunks().to_batches()[0]
             self._results = []
             requests = self._match(results.column("tag").to_numpy())
-            self.ideal_cached_tokens += pc.sum(requests.column("ideal_cached_tokens")).as_py()
+            # Of what failed no tokens are counted either.
+            answered = pc.equal(results.column("status"), "ok")
+            self.ideal_cached_tokens += pc.sum(requests.column("ideal_cached_tokens").filter(answered)).as_py() or 0
             if not metered and (unknown := _outcome_unknown(results)) is not None:
                 rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
                 requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))

@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.near import near
 
 _COUNTRIES = """
 AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ
@@ -71,12 +71,11 @@ def _places(value: Any, key: str) -> list[str]:
     named = [name.upper() for name in _names(value, key)]
     for name in named:
         if name not in COUNTRIES and name not in ZONES:
-            near = get_close_matches(name, [*COUNTRIES, *ZONES], 1, 0.5)
             raise ConfigError(
                 f"{name[:16]!r} is neither a country nor a zone",
                 key=f"placement.{key}",
                 expected="ISO 3166-1 alpha-2 codes, EEA or EU",
-                nearest="GB" if name == "UK" else (near[0] if near else None),
+                nearest="GB" if name == "UK" else near(name, (*COUNTRIES, *ZONES)),
             )
     return _compress(_expand(named))
 
@@ -107,12 +106,11 @@ def _known_names(value: Any, key: str, known: tuple[str, ...]) -> list[str]:
     names = _names(value, key)
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, 1)
             raise ConfigError(
                 f"{name[:16]!r} is none that there is",
                 key=f"placement.{key}",
                 expected=", ".join(known),
-                nearest=near[0] if near else None,
+                nearest=near(name, known),
             )
     return names
 
@@ -246,12 +244,11 @@ def normalise(constraint: Mapping[str, Any] | None) -> dict[str, Any]:
     for key, value in (constraint or {}).items():
         rule = _RULES.get(key)
         if rule is None:
-            near = get_close_matches(str(key), CONSTRAINTS, 1)
             raise ConfigError(
                 f"unknown constraint {str(key)[:32]!r}",
                 key="placement",
                 expected="one of " + ", ".join(CONSTRAINTS),
-                nearest=near[0] if near else None,
+                nearest=near(str(key), CONSTRAINTS),
             )
         if value is None:
             continue

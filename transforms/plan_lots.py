@@ -19,6 +19,7 @@ from bidbeam.transforms.history import match_history, settled_places
 from bidbeam.transforms.lots import lots_of_places
 from bidbeam.transforms.merging import RangeRef, merge_range
 from bidbeam.transforms.order import live_places, read_order
+from bidbeam.transforms.planned import note_planned, planned_of
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.side_inputs import listed
 from bidbeam.transforms.spilling import Bound, SpillRef, choose_bounds, sample_keys, sampled_splits, spill_split
@@ -164,5 +165,6 @@ class _CutLots(beam.DoFn):
         with reported(self._context):
             order = read_order(self._context, ref.range)
             places = live_places(order, settled_places(self._context, ref.range, order.num_rows))
+            note_planned(self._context.scratch, ref.range, planned_of(order, places))
             if len(places):
                 yield lots_of_places(self._context, ref.range, ref.groups, order, places)

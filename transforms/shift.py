@@ -58,7 +58,7 @@ _WRITES_AHEAD = 2
 _GRACE_S = 10.0
 """Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
 
-_AILING = "most of what it was asked of late failed; it gets one request at a time until one is answered"
+_AILING = "most of what it was asked of late failed{last}; it gets one request at a time until one is answered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,11 +349,13 @@ class Shift:
         if lane.breaker.openings == lane.heeded or not lane.open:
             return
         lane.heeded = lane.breaker.openings
+        last = f" (last: {lane.last_error})" if lane.last_error else ""
         if lane.breaker.gave_up:
-            lane.out = "most of what it was asked failed, and so did every probe since"
+            lane.out = f"most of what it was asked failed, and so did every probe since{last}"
             return
-        if _AILING not in lane.notes:
-            lane.notes.append(_AILING)
+        if not lane.ailing:
+            lane.ailing = True
+            lane.notes.append(_AILING.format(last=last))
         parts = []
         for lot, tags in lane.leftover():
             if lot.get("kind") == HEDGE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -43,16 +44,20 @@ StorageOption = Annotated[
 
 
 def read_job(path: str, run_date: str | None, overrides: Sequence[str] | None) -> Job:
-    """The job of a command. Raises ConfigError."""
+    """The job of a command; what is odd about it, but may be meant so, is told on stderr. Raises ConfigError."""
     from bidbeam.pipelines.config_check import day_from
     from bidbeam.pipelines.job import Job
+    from bidbeam.pipelines.sampling_names import odd_sampling_keys
 
     day: date | None = None
     if run_date is not None:
         day = day_from(run_date)
         if day is None:
             raise ConfigError(f"{run_date[:40]!r} is not a date", file="--run-date", expected="YYYY-MM-DD")
-    return Job.from_yaml(path, run_date=day, set=tuple(overrides or ()))
+    job = Job.from_yaml(path, run_date=day, set=tuple(overrides or ()))
+    for odd in odd_sampling_keys(job):
+        print(f"warning: {odd}", file=sys.stderr)
+    return job
 
 
 def refuse_beam_options(context: typer.Context) -> None:

@@ -29,6 +29,7 @@ from bidbeam.pipelines.resolving import resolve
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
+from bidbeam.transforms.decisions import refuse_pickles
 from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
@@ -257,6 +258,7 @@ def make_context(
     if ended is not None:
         # That start may have been cut short while it tidied up.
         compact(journal, ended)
+    refuse_pickles(journal, job.run_id)
     earlier = sound_segments(journal)
     for start in sorted({start_of(entry.name) for entry in journal.list("start-")}):
         # A start that was cut short had requests in flight: from here on they count as spent.

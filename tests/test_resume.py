@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,12 +21,12 @@ import pytest
 from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
+from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import booking, decisions, finishing, shift, write_outputs
-from bidbeam.transforms.shift_task import Award, ShiftTask
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -429,28 +430,57 @@ def test_a_crash_at_the_very_end_of_a_later_start_books_nothing_twice(
     assert {row["tags"] for row in found.rows("charges")} == {'{"tag": "one"}', '{"tag": "three"}'}
 
 
-def test_a_run_that_an_earlier_version_began_is_finished_by_this_one(
+def test_parts_that_an_earlier_version_wrote_are_in_nobody_s_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What its market decided names classes where they stood then, and the ledger parts that it wrote before it was
-    cut short have fewer columns: neither is in the way."""
+    """The ledger parts that an earlier version wrote before it was cut short have fewer columns: the run ends."""
     with EndpointDouble(["tiny"]) as double:
         job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)])
         undo = fail_at(monkeypatch, finishing, "_write_ledger_manifest", 1)
         with monkeypatch.context() as then:
-            for each in (Award, ShiftTask):
-                then.setattr(each, "__module__", "bidbeam.transforms.shift")
-                then.setattr(shift, each.__name__, each, raising=False)
             then.setattr(decisions, "LEDGER_VERSION", LEDGER_VERSION - 1)
             then.setattr(booking, "LEDGER_VERSION", LEDGER_VERSION - 1)
             with pytest.raises(Exception, match="_write_ledger_manifest"):
                 run(job)
         undo()
-        kept = next((tmp_path / "out").rglob("market/round-001.pickle"))
-        assert b"bidbeam.transforms.shift\x94" in kept.read_bytes()
         for table in ("lots", "attempts"):
             part = next((tmp_path / "ledger" / table).rglob("part-*.parquet"))
             pq.write_table(pq.read_table(part).drop_columns(TABLES[table].names[-1]), part)
         assert run(job).served == 6
         assert len(double.requests) == 6
     check(job, 6)
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._mark,)
+
+
+def test_no_pickle_that_stands_in_a_journal_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write to the output runs no code: what an earlier version pickled is refused before anything is sent,
+    the message says what to do, and what is damaged or made up in its place costs no answer."""
+    mark = tmp_path / "unpickled"
+    trap = pickle.dumps(Trap(mark))
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, write_outputs, "publish_range", 1)
+        with pytest.raises(Exception, match="publish_range"):
+            run(job)
+        kept = next((tmp_path / "out").rglob("market/round-001.arrow"))
+        undo()
+        pickled = kept.with_suffix(".pickle")
+        pickled.write_bytes(trap)
+        with pytest.raises(UsageError, match=r"round-001\.pickle.*opens none.*delete these files and start again"):
+            run(job)
+        pickled.unlink()
+        kept.write_bytes(trap)
+        assert run(job).served == 6
+        assert len(double.requests) == 6
+    assert not mark.exists()
+    check(job, 6)
+    assert verify_ledger(job.ledger).ok

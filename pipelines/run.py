@@ -198,4 +198,6 @@ def summary(
         wasted=Decimal(manifest.get("wasted", 0)),
         truncated=manifest.get("truncated", 0),
         other_models=dict(manifest.get("other_models", {})),
+        estimated=manifest.get("estimated", 0),
+        parent_run_id=job.parent_run_id,
     )

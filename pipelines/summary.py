@@ -55,6 +55,10 @@ class RunSummary:
     """Answers that were cut off at ``max_tokens``."""
     other_models: Mapping[str, int] = field(default_factory=dict)
     """Answers that plainly name another model than was asked for, by the names they give."""
+    estimated: int = 0
+    """Answers whose usage nobody told and nobody could count: they are booked at their worst case."""
+    parent_run_id: str | None = None
+    """The run whose dead letters these were."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_ctrl_c_keeps_what_is_settled_and_exits_with_4(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=30)
         assert process.returncode == 4, said
         assert "resumes" in said
-        assert "Traceback" not in said
+        assert not {"Traceback", "error", "ParDo"} & set(re.findall(r"\w+", said))
         job = Job.from_yaml(path, run_date=DAY)
         sent = len(double.requests)
         assert sent < 80

@@ -85,6 +85,7 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
         "wasted": f"{total.wasted:f}",
         "truncated": total.truncated,
         "other_models": dict(total.other_models),
+        "estimated": total.estimated,
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
         "input": record.fingerprint,
         "version": record.version,
@@ -114,6 +115,7 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
         baseline_unknown=before.get("baseline_unknown", 0),
         wasted=Decimal(before.get("wasted", 0)),
         other_models=before.get("other_models", {}),
+        estimated=before.get("estimated", 0),
     )
 
 

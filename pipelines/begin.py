@@ -33,7 +33,7 @@ from bidbeam.transforms.decisions import refuse_pickles
 from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
-from bidbeam.transforms.journal import sound_segments
+from bidbeam.transforms.journal import answered_and_failed, sound_segments
 from bidbeam.transforms.rendering import RenderSpec, check_columns
 from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
 
@@ -295,6 +295,7 @@ def make_context(
         payment=job.auction.payment,
         hedging=job.auction.hedging,
         spent=spent,
+        answered=answered_and_failed(earlier),
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
         baseline=counted[0] if counted else None,

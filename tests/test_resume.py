@@ -22,12 +22,13 @@ import pytest
 from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
-from bidbeam.connectors.errors import UsageError
+from bidbeam.connectors.errors import Interrupted, UsageError
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
-from bidbeam.transforms import booking, decisions, finishing, shift, write_outputs
+from bidbeam.transforms import booking, decisions, finishing, shift, stopping, write_outputs
+from bidbeam.transforms.retrying import TRIES
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -201,6 +202,36 @@ def test_ctrl_c_keeps_what_is_settled_and_exits_with_4(tmp_path: Path) -> None:
         assert run(job).served == 80
         assert len(double.requests) == 80
         check(job, 80)
+
+
+def test_a_stop_takes_no_try_from_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to a later start is tried as often as it would have been: the pool is known by all that it answered
+    before, and what the stop gave up in flight counts neither against the pool nor as a try."""
+    second_try, tries = threading.Event(), [0]
+
+    def flaky(seen: Seen) -> Reply:
+        if " 3 of" not in seen.prompt:
+            return Reply()
+        tries[0] += 1
+        if tries[0] != 2:
+            return Reply.error(500, "no")
+        second_try.set()
+        return Reply.slow(30.0)
+
+    monkeypatch.setattr(shift, "_GRACE_S", 0.1)
+    with EndpointDouble(["tiny"], flaky) as double:
+        job = make_job(tmp_path, prompts(5), [remote("near", double.base_url)])
+        waiting = threading.Thread(target=lambda: second_try.wait(30) and stopping.request())
+        waiting.start()
+        with pytest.raises(Interrupted):
+            run(job)
+        waiting.join()
+        summary = run(job)
+        assert (summary.served, dict(summary.dead)) == (4, {"failed": 1})
+    mine = [row for row in check(job, 5).attempts if row["request_id"] == "q3"]
+    before = [row["status"] for row in mine if row["lot_id"].startswith("s1")]
+    assert sorted(before) == ["failed", "lost"]
+    assert sum(row["round"] == 1 for row in mine) - len(before) == TRIES
 
 
 def test_a_raised_budget_answers_what_the_smaller_one_could_not(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bidbeam.connectors.checksums import FOOTER, check_bytes, with_checksum
 from bidbeam.connectors.errors import AlreadyExists, StoreError
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import PriceSchedule
@@ -123,10 +124,10 @@ def write_segment(store: Store, prefix: str, number: int, rows: pa.Table, terms:
     whole = pa.Table.from_batches([b for _, b in by_range], schema=SEGMENT).unify_dictionaries()
     # Mostly nulls and small numbers in wide decimals: compressed to a sixth for no more time than writing it all.
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, schema, options=options) as writer:
+    with pa.ipc.new_file(sink, schema, options=options, metadata=FOOTER) as writer:
         for batch in whole.replace_schema_metadata(metadata).to_batches():
             writer.write_batch(batch)
-    data = sink.getvalue()
+    data = with_checksum(sink.getvalue())
     while True:
         name = f"{prefix}-{number:06d}.arrow"
         try:
@@ -157,8 +158,10 @@ def _split_by_range(rows: pa.Table) -> list[tuple[int, pa.RecordBatch]]:
 
 
 def open_segment(store: Store, name: str) -> tuple[pa.ipc.RecordBatchFileReader, dict[str, Terms]]:
-    """A reader of a segment and its terms by price id."""
-    reader = pa.ipc.open_file(pa.BufferReader(store.read(name)))
+    """A reader of a segment and its terms by price id. Raises ValueError for one that is not what was written."""
+    data = store.read(name)
+    check_bytes(data)
+    reader = pa.ipc.open_file(pa.BufferReader(data))
     return reader, _terms_of(reader)
 
 

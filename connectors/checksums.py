@@ -24,7 +24,7 @@ def with_checksum(file: pa.Buffer) -> bytes:
 
 
 def check_bytes(data: bytes) -> None:
-    """Raises ValueError where an Arrow file is not what was written. An earlier version's has no checksum, and passes."""
+    """Raises ValueError where an Arrow file is not what was written. One of an earlier version has none."""
     with pa.ipc.open_file(data) as reader:
         told = (reader.metadata or {}).get(_KEY)
     if told is None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import bidbeam
 from bidbeam.connectors import registry
-from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError
+from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError, StoreError
 from bidbeam.connectors.inputs import InputPlan, is_openai_batch, plan_input
 from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.connectors.model_files import prepare_model
@@ -343,7 +343,18 @@ def baselines(job: Job) -> tuple[Baseline, ...]:
 def _seed(journal: Store) -> int:
     """The secret of the run's content keys: made once, kept beside the prompts it protects."""
     if not journal.exists("seed"):
+        if journal.list("start-") or journal.list("answers/"):
+            raise StoreError(_SEEDLESS.format(f"{journal.url_of('seed')} is gone", journal.url))
         # Another start may be as quick: whoever was first made the seed.
         with contextlib.suppress(AlreadyExists):
             journal.create("seed", secrets.token_hex(8).encode())
-    return int(journal.read("seed"), 16)
+    try:
+        return int(journal.read("seed"), 16)
+    except ValueError:
+        raise StoreError(_SEEDLESS.format(f"{journal.url_of('seed')} is damaged", journal.url)) from None
+
+
+_SEEDLESS = (
+    "{}: without it no answer in the journal is known to be whose. Restore it, or remove {}: then everything is asked "
+    "and paid for again"
+)

@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
+from small_plans import make_context, write_input
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
-from bidbeam.connectors.errors import Interrupted, UsageError
+from bidbeam.connectors.errors import Interrupted, RunHeld, StoreError, UsageError
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
@@ -481,6 +482,51 @@ def test_parts_that_an_earlier_version_wrote_are_in_nobody_s_way(
         assert run(job).served == 6
         assert len(double.requests) == 6
     check(job, 6)
+
+
+def test_a_run_that_another_start_ended_meanwhile_is_not_ended_again(tmp_path: Path) -> None:
+    """Two starts of a run cannot both end it: what the first to end has booked would be counted twice, or not."""
+    plan = write_input(tmp_path / "in", {"a.parquet": prompts(2)}, 2)
+    context = make_context(tmp_path, plan, start=2)
+    context.run_dir.create("_SUCCESS", b'{"starts": 1}')
+    record = finishing.RunRecord("small", "{}", "0", 0, "f")
+    with pytest.raises(RunHeld, match="ended by another start while this one worked"):
+        finishing.finish(context, record, [], 0)
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_a_journal_without_its_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Nobody could tell whose its answers are: better said than all of them paid for again."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(3), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, write_outputs, "publish_range", 1)
+        with pytest.raises(Exception, match="publish_range"):
+            run(job)
+        undo()
+        seed = next((tmp_path / "out").rglob("seed"))
+        content = seed.read_bytes()
+        seed.unlink()
+        if what == "damaged":
+            seed.write_bytes(b"")
+        with pytest.raises(StoreError, match=f"seed is {what}: .* paid for again"):
+            run(job)
+        seed.write_bytes(content)
+        assert (run(job).served, len(double.requests)) == (3, 3)
+
+
+def test_a_torn_manifest_is_named(tmp_path: Path) -> None:
+    """A run whose manifest was cut off has ended, nobody knows with what: said with the file, and nothing is sent."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(2), [remote("near", double.base_url)])
+        run(job)
+        manifest = next((tmp_path / "out").rglob("_SUCCESS"))
+        content = manifest.read_bytes()
+        manifest.unlink()
+        for torn in (content[:40], b"", b"[]", b"{}"):
+            manifest.write_bytes(torn)
+            with pytest.raises(StoreError, match=r"_SUCCESS is damaged .* restore it"):
+                run(job)
+        assert len(double.requests) == 2
 
 
 class Trap:

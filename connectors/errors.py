@@ -16,6 +16,7 @@ All of them pickle, because Beam carries them between workers. No message ever h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -100,3 +101,32 @@ class Interrupted(BidbeamError):  # noqa: N818 # named for what happened
     """Stopped by a signal; the same command resumes."""
 
     exit_code = 4
+
+
+_CONFIG_FIELDS = ("problem", "file", "line", "key", "expected", "nearest")
+
+
+def error_to_json(error: BidbeamError) -> dict[str, Any]:
+    """An error as JSON, by the nearest of the classes above; ``error_from_json`` makes it one again."""
+    kind = next(each.__name__ for each in type(error).__mro__ if each in _KINDS.values())
+    if isinstance(error, ConfigError):
+        return {"type": kind, **{name: getattr(error, name) for name in _CONFIG_FIELDS}}
+    return {"type": kind, "message": str(error)}
+
+
+def error_from_json(data: Mapping[str, Any]) -> BidbeamError:
+    """The error that ``error_to_json`` told of. Raises KeyError or TypeError for what is none."""
+    kind = _KINDS[data["type"]]
+    if kind is ConfigError:
+        problem, *rest = (data[name] for name in _CONFIG_FIELDS)
+        return ConfigError(str(problem), **dict(zip(_CONFIG_FIELDS[1:], rest, strict=True)))
+    return kind(str(data["message"]))
+
+
+_KINDS: Mapping[str, type[BidbeamError]] = {
+    each.__name__: each
+    for each in (
+        BidbeamError, UsageError, ConfigError, InputError, ModelError, RunHeld, StoreError, AlreadyExists, PoolDown,
+        Interrupted,
+    )
+}  # fmt: skip

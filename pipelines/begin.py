@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import bidbeam
 from bidbeam.connectors import registry
-from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError
+from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError, StoreError
 from bidbeam.connectors.inputs import InputPlan, is_openai_batch, plan_input
 from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.connectors.model_files import prepare_model
@@ -30,10 +30,11 @@ from bidbeam.pipelines.resolving import resolve
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
 from bidbeam.transforms.compaction import compact
+from bidbeam.transforms.decisions import refuse_pickles
 from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
-from bidbeam.transforms.journal import sound_segments
+from bidbeam.transforms.journal import answered_and_failed, sound_segments
 from bidbeam.transforms.region_check import believed
 from bidbeam.transforms.rendering import RenderSpec, check_columns
 from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
@@ -260,6 +261,7 @@ def make_context(
     if ended is not None:
         # That start may have been cut short while it tidied up.
         compact(journal, ended)
+    refuse_pickles(journal, job.run_id)
     earlier = sound_segments(journal)
     for start in sorted({start_of(entry.name) for entry in journal.list("start-")}):
         # A start that was cut short had requests in flight: from here on they count as spent.
@@ -303,6 +305,7 @@ def make_context(
         hedging=job.auction.hedging,
         patience_s=job.auction.patience.total_seconds(),
         spent=spent,
+        answered=answered_and_failed(earlier),
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
         baseline=counted[0] if counted else None,
@@ -350,7 +353,18 @@ def baselines(job: Job) -> tuple[Baseline, ...]:
 def _seed(journal: Store) -> int:
     """The secret of the run's content keys: made once, kept beside the prompts it protects."""
     if not journal.exists("seed"):
+        if journal.list("start-") or journal.list("answers/"):
+            raise StoreError(_SEEDLESS.format(f"{journal.url_of('seed')} is gone", journal.url))
         # Another start may be as quick: whoever was first made the seed.
         with contextlib.suppress(AlreadyExists):
             journal.create("seed", secrets.token_hex(8).encode())
-    return int(journal.read("seed"), 16)
+    try:
+        return int(journal.read("seed"), 16)
+    except ValueError:
+        raise StoreError(_SEEDLESS.format(f"{journal.url_of('seed')} is damaged", journal.url)) from None
+
+
+_SEEDLESS = (
+    "{}: without it no answer in the journal is known to be whose. Restore it, or remove {}: then everything is asked "
+    "and paid for again"
+)

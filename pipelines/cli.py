@@ -110,7 +110,9 @@ def _explained(error: Exception, as_json: bool, traceback: bool) -> int:
     if isinstance(error, BidbeamError):
         if as_json:
             print(to_json({"error": error_object(error)}))
-        print(f"error: {_plain(mask(str(error), known_secrets(environment=False)))}", file=sys.stderr)
+        said = _plain(mask(str(error), known_secrets(environment=False)))
+        # Who asked it to stop has done nothing wrong.
+        print(said if isinstance(error, Interrupted) else f"error: {said}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, _PARSER_ERRORS):
         message: str = error.format_message()  # type: ignore[attr-defined]  # the parser's own errors all have it

@@ -1,4 +1,9 @@
-"""One start of a run at a time: a lease in the journal, renewed while its holder lives, lost when it does not."""
+"""One start of a run at a time: a lease in the journal, renewed while its holder lives, lost when it does not.
+
+No clock but our own decides: of a holder elsewhere whose renewals look old, or yet to come, it is watched whether one
+comes while we wait. And who holds a lease looks at each renewal whether it still does: a machine that slept for long
+has lost it, and must send nothing more.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +24,9 @@ from bidbeam.connectors.store import Store
 
 RENEW_S = 10.0
 EXPIRY = timedelta(seconds=60)
-"""A lease that was not renewed for this long belongs to nobody."""
+"""A lease whose renewals look no older than this is held."""
+WATCH_S = 2.5 * RENEW_S
+"""Of any other it is watched for this long whether it is renewed."""
 
 
 class Lease:
@@ -27,6 +36,8 @@ class Lease:
         self._journal, self._number, self._run_id = journal, number, run_id
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._ended = threading.Event()
+        self._lost = threading.Event()
+        self._when_lost: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._keep, name="bidbeam-lease", daemon=True)
         self._thread.start()
 
@@ -39,7 +50,7 @@ class Lease:
             latest = max(held)
             number = int(latest.removeprefix("lease-").removesuffix(".json"))
             holder = _read(journal, latest)
-            if holder is not None and _alive(holder):
+            if holder is not None and _alive(journal, latest, holder):
                 raise RunHeld(
                     f"run {run_id} is held by another start ({holder['host']}, process {holder['pid']}, since "
                     f"{holder['since']}); wait for it, or stop it first"
@@ -53,18 +64,37 @@ class Lease:
             journal.delete(name)
         return lease
 
+    @property
+    def lost(self) -> bool:
+        """Whether another start has taken the run over, or its journal is gone."""
+        return self._lost.is_set()
+
+    def when_lost(self, do: Callable[[], None]) -> None:
+        """What is done, in a thread of its own, should the lease be lost; from now on."""
+        self._when_lost = do
+
     def release(self) -> None:
         """Gives the run free. Idempotent."""
         if not self._ended.is_set():
             self._ended.set()
             self._thread.join()
-            with contextlib.suppress(StoreError, OSError):
-                self._journal.delete(_name(self._number))
+            if not self.lost:
+                with contextlib.suppress(StoreError, OSError):
+                    self._journal.delete(_name(self._number))
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_S):
+            # A store that stumbles is asked again next time.
             with contextlib.suppress(StoreError, OSError):
+                if not self._held():
+                    self._lost.set()
+                    self._when_lost()
+                    return
                 self._journal.replace(_name(self._number), _state(self._since))
+
+    def _held(self) -> bool:
+        taken = self._journal.exists(_name(self._number + 1))
+        return not taken and self._journal.exists(_name(self._number))
 
 
 def _name(number: int) -> str:
@@ -76,6 +106,7 @@ def _state(since: str | None = None) -> bytes:
     # The token tells two takers apart that look the same otherwise: one process, one second.
     state = {
         "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "born": born(os.getpid()),
+        "space": _pid_space(),
         "since": since or now, "renewed": now, "token": uuid.uuid4().hex,
     }  # fmt: skip
     return json.dumps(state).encode()
@@ -89,12 +120,29 @@ def _read(journal: Store, name: str) -> dict[str, str] | None:
     return state
 
 
-def _alive(holder: dict[str, str]) -> bool:
-    if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot():
+def _alive(journal: Store, name: str, holder: dict[str, str]) -> bool:
+    here = {"host": socket.gethostname(), "boot": _boot(), "space": _pid_space()}
+    if all(holder.get(key, mine) == mine for key, mine in here.items()):
         # On this very machine there is no need to wait for a lease to run out.
         return born(int(holder["pid"])) == holder.get("born") if Path("/proc/self").exists() else True
-    renewed = datetime.fromisoformat(str(holder["renewed"]))
-    return datetime.now(UTC) - renewed < EXPIRY
+    age = datetime.now(UTC) - datetime.fromisoformat(str(holder["renewed"]))
+    if abs(age) < EXPIRY:
+        return True
+    until = time.monotonic() + WATCH_S
+    while time.monotonic() < until:
+        time.sleep(WATCH_S / 25)
+        now = _read(journal, name)
+        if now is not None and now.get("token") != holder.get("token"):
+            return True
+    return False
+
+
+def _pid_space() -> str:
+    """Containers of one machine may share its name, and yet see other processes under the same numbers."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _boot() -> str:

@@ -16,6 +16,8 @@ from decimal import Decimal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from bidbeam.connectors.errors import BidbeamError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -283,11 +285,23 @@ class _NoteHandler(logging.Handler):
             self.handleError(record)
 
 
+def _is_told_anyway(record: logging.LogRecord) -> bool:
+    """Whether a record is Beam's, of an error of ours that ended a stage: the command says it in its own words."""
+    if not record.name.startswith("apache_beam"):
+        return False
+    error = record.exc_info[1] if record.exc_info else None
+    while error is not None:
+        if isinstance(error, BidbeamError):
+            return True
+        error = error.__cause__ or error.__context__
+    return "bidbeam.connectors.errors." in str(record.msg)
+
+
 @contextmanager
 def logs_noted(progress: Progress) -> Iterator[None]:
     """Shows libraries' warnings and errors through the progress, so that they do not tear a live panel."""
     root, handler = logging.getLogger(), _NoteHandler(progress)
-    handler.addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+    handler.addFilter(lambda record: not str(record.msg).startswith(_NOISE) and not _is_told_anyway(record))
     root.addHandler(handler)
     try:
         yield

@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from types import FrameType
 from typing import Any
 
-from bidbeam.connectors.errors import BidbeamError, Interrupted
+from bidbeam.connectors.errors import BidbeamError, Interrupted, RunHeld
 from bidbeam.connectors.processes import workers_end_with_us
 from bidbeam.pipelines.beam_options import check_beam_options, pipeline_of
 from bidbeam.pipelines.begin import Begun, begin
@@ -56,9 +57,16 @@ def run_job(job: Job, *, rehearse: bool, beam_options: list[str], progress: Prog
 def _start(begun: Begun, beam_options: list[str], progress: Progress) -> Mapping[str, Any]:
     context = begun.context
     with Watch(context, progress), _signals(context, progress):
+        if begun.lease is not None:
+            begun.lease.when_lost(partial(_stop_sending, context))
         try:
             _pipeline(begun, beam_options)
         except Exception as error:
+            if begun.lease is not None and begun.lease.lost:
+                raise RunHeld(
+                    f"run {context.run_id} was taken over by another start, or its journal was removed, while this "
+                    "one could not renew its lease; it sends nothing more. What it settled is kept"
+                ) from error
             cause = failure_of(context.scratch) or error
             interrupted = isinstance(cause, Interrupted) or stopping.requested()
             if interrupted:
@@ -144,6 +152,11 @@ def _signals(context: RunContext, progress: Progress) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _stop_sending(context: RunContext) -> None:
+    stopping.request()
+    _tell_workers(context)
+
+
 def _tell_workers(context: RunContext) -> None:
     with contextlib.suppress(BidbeamError, OSError):
         context.scratch.replace(stopping.FILE, b"stop")
@@ -194,4 +207,6 @@ def summary(
         truncated=manifest.get("truncated", 0),
         other_models=dict(manifest.get("other_models", {})),
         down=dict(manifest.get("down", {})),
+        estimated=manifest.get("estimated", 0),
+        parent_run_id=job.parent_run_id,
     )

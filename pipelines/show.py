@@ -22,8 +22,15 @@ def summary_text(summary: RunSummary) -> str:
     if dead:
         beyond = ", more than tolerated" if summary.exit_code == 3 else ""
         rows.append(("dead letters", f"{dead:,}: {counts(summary.dead)}{beyond}"))
+        rows.append(("letters", f"{summary.output_url}/dead_letters"))
+        rehearsed = " --rehearse" if summary.rehearsal else ""
+        rows.append(("run again", f"bidbeam run JOB --retry-dead {summary.run_id}{rehearsed}"))
     if summary.truncated:
         rows.append(("cut off", f"{_answers(summary.truncated)} cut off at max_tokens"))
+    if summary.estimated:
+        rows.append(
+            ("estimated", f"{_answers(summary.estimated, 'came')} without a count of tokens, booked at the worst case")
+        )
     if summary.other_models:
         odd = sum(summary.other_models.values())
         rows.append(("other model", f"{_answers(odd, 'names')} another model: {_asked_of(summary)}"))
@@ -36,6 +43,8 @@ def summary_text(summary: RunSummary) -> str:
         rows.append(("of it", f"{usd(summary.wasted)} served nobody: failed tries, hedges, engines that load or idle"))
     if summary.status != "nothing_to_do":
         rows.append(("elapsed", duration_text(summary.elapsed_s)))
+    if summary.parent_run_id is not None:
+        rows.append(("parent", f"{summary.parent_run_id}, whose dead letters these were"))
     rows += [("output", summary.output_url), ("ledger", summary.ledger_url), ("run", summary.run_id)]
     text = aligned(rows)
     if summary.pools:
@@ -53,7 +62,7 @@ def summary_text(summary: RunSummary) -> str:
 
 
 def _answers(number: int, does: str = "was") -> str:
-    many = {"was": "were", "names": "name"}
+    many = {"was": "were", "names": "name", "came": "came"}
     return f"1 answer {does}" if number == 1 else f"{number:,} answers {many[does]}"
 
 

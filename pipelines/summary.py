@@ -57,6 +57,10 @@ class RunSummary:
     """Answers that plainly name another model than was asked for, by the names they give."""
     down: Mapping[str, str] = field(default_factory=dict)
     """Why pools were down when the start ended, by name: a wrong key, no funds, nobody there."""
+    estimated: int = 0
+    """Answers whose usage nobody told and nobody could count: they are booked at their worst case."""
+    parent_run_id: str | None = None
+    """The run whose dead letters these were."""
 
 
 @dataclass(frozen=True, slots=True)

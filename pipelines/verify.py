@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     import duckdb
 
 _ENDED = ("complete", "incomplete")
+_WITH_OUTPUTS = """
+    SELECT run_id, run_date, status, requests, served, dead, cost, job FROM runs
+    WHERE NOT EXISTS (SELECT 1 FROM attempts WHERE attempts.run_id = runs.run_id AND attempts.kind = 'probe')
+    ORDER BY ALL
+"""
+"""Every run but the probes of pools, which answer nobody."""
 _RECORDED = frozenset({"jurisdictions", "jurisdictions_deny", "operators"})
 """Constraints on labels that attempts record."""
 
@@ -139,9 +145,7 @@ def _check_outputs(
     rehearsals: bool,
 ) -> Iterator[Check]:
     """The outputs of every run that has ended, where they stand and can be read; why not is noted in ``skipped``."""
-    for run in _rows(
-        ledger, "SELECT run_id, run_date, status, requests, served, dead, cost, job FROM runs ORDER BY ALL"
-    ):
+    for run in _rows(ledger, _WITH_OUTPUTS):
         if run["status"] not in _ENDED:
             skipped[f"outputs of {run['run_id']}"] = f"the run is {run['status']}"
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bidbeam.connectors.checksums import check_bytes
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.schemas import SEGMENT
@@ -155,6 +157,26 @@ def test_damaged_and_foreign_files_are_no_segments(journal: Store, caplog: pytes
     assert journal.read(f"{torn}.damaged") == whole[: len(whole) // 2]
     assert journal.exists("start-001/segments/notes.txt")
     assert sound_segments(journal) == [sound]
+
+
+def test_a_changed_segment_is_set_aside(journal: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """A bit that turned where it lies, in an answer, a price or the footer, is not taken for what was written."""
+    ref = write_segment(journal, PREFIX, 0, segment([1, 2, 2**33]), [terms()])
+    whole, chance = journal.read(ref.name), random.Random(1)
+    check_bytes(whole)
+    for at in [*chance.sample(range(len(whole)), 60), *range(len(whole) - 120, len(whole))]:
+        changed = bytearray(whole)
+        changed[at] ^= 1 << chance.randrange(8)
+        with pytest.raises((ValueError, KeyError, pa.ArrowException, OSError)):
+            check_bytes(bytes(changed))
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1):
+        with pytest.raises((ValueError, pa.ArrowException)):
+            check_bytes(whole[:cut])
+    journal.replace(ref.name, bytes(changed))
+    with caplog.at_level(logging.WARNING):
+        assert sound_segments(journal) == []
+    assert "is damaged" in caplog.text
+    assert journal.read(f"{ref.name}.damaged") == bytes(changed)
 
 
 def test_an_answer_is_never_dictionary_encoded(journal: Store) -> None:

@@ -85,8 +85,9 @@ def test_a_dead_holder_is_replaced_at_once_on_its_own_machine(journal: Store) ->
     process.wait()
 
 
-def test_a_holder_elsewhere_lives_as_long_as_it_renews(journal: Store) -> None:
-    """Of another machine only the renewals are seen: fresh ones hold the run, stale ones leave it."""
+def test_a_holder_elsewhere_lives_as_long_as_it_renews(journal: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another machine only the renewals are seen: fresh ones hold the run, ones that stay away leave it."""
+    monkeypatch.setattr(leases, "WATCH_S", 0.1)
     abandoned = Lease.take(journal, "job-1")
     edit(journal, host="elsewhere")
     with pytest.raises(RunHeld, match="elsewhere"):
@@ -95,6 +96,66 @@ def test_a_holder_elsewhere_lives_as_long_as_it_renews(journal: Store) -> None:
     after = Lease.take(journal, "job-1")
     abandoned._ended.set()
     after.release()
+
+
+@pytest.mark.parametrize("off", [timedelta(hours=-3), timedelta(hours=3)], ids=["behind", "ahead"])
+def test_a_holder_whose_clock_is_off_is_watched(
+    journal: Store, monkeypatch: pytest.MonkeyPatch, off: timedelta
+) -> None:
+    """It holds the run while it renews, though its renewals look old; it loses it once it does not, though they look
+    as if they were yet to come."""
+    monkeypatch.setattr(leases, "RENEW_S", 60.0)
+    monkeypatch.setattr(leases, "WATCH_S", 2.0)
+    other = Lease.take(journal, "job-1")
+    theirs = (datetime.now(UTC) + off).isoformat()
+    edit(journal, host="elsewhere", renewed=theirs)
+    renews = threading.Timer(0.2, lambda: edit(journal, token="another"))
+    renews.start()
+    with pytest.raises(RunHeld, match="elsewhere"):
+        Lease.take(journal, "job-1")
+    renews.join()
+    monkeypatch.setattr(leases, "WATCH_S", 0.1)
+    after = Lease.take(journal, "job-1")
+    other._ended.set()
+    after.release()
+
+
+@pytest.mark.parametrize("gone", ["taken", "removed"])
+def test_a_holder_finds_out_that_it_lost_the_run(journal: Store, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
+    """Who slept for so long that another start took over is told so, and neither renews nor releases what it lost."""
+    monkeypatch.setattr(leases, "RENEW_S", 0.3)
+    first, told = Lease.take(journal, "job-1"), threading.Event()
+    first.when_lost(told.set)
+    assert not first.lost
+    (mine,) = held(journal)
+    journal.delete(mine)
+    if gone == "taken":
+        journal.create("lease-000002.json", b"{}")
+    assert told.wait(10)
+    assert first.lost
+    first.release()
+    assert held(journal) == (["lease-000002.json"] if gone == "taken" else [])
+
+
+@pytest.mark.timeout(60)
+def test_a_start_that_lost_its_run_sends_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops as after a signal, and ends with 2: another start has the run now."""
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+
+    def loses(seen: Seen) -> Reply:
+        if seen.number == 5:
+            (lease,) = tmp_path.rglob("lease-*.json")
+            lease.with_name("lease-000099.json").write_text("{}")
+            lease.unlink()
+        return Reply.slow(0.05)
+
+    with EndpointDouble(["tiny"], loses) as double:
+        job = make_job(tmp_path, prompts(60), [remote("near", double.base_url, capacity={"concurrency": 2})])
+        with pytest.raises(RunHeld, match="taken over by another start") as refused:
+            run(job)
+        assert refused.value.exit_code == 2
+        assert len(double.requests) < 60
+    assert [path.name for path in tmp_path.rglob("lease-*")] == ["lease-000099.json"]
 
 
 def test_a_lease_is_renewed_while_it_is_held(journal: Store, monkeypatch: pytest.MonkeyPatch) -> None:

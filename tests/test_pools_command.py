@@ -16,6 +16,7 @@ from bidbeam.connectors.ledger_reader import query_ledger
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.pools import PoolProbe, PoolsReport, probe_pools
+from bidbeam.pipelines.verify import verify_ledger
 from tests.small_jobs import DAY, by_the_hour, make_job, prompts, remote, write_job
 
 KEY = "unremarkable-key-of-a-pool"
@@ -79,6 +80,8 @@ def test_a_pool_that_is_well_is_measured_and_its_probe_is_booked(tmp_path: Path)
     run = rows(job, "SELECT run_id, status, requests, cost FROM runs")
     assert run == [{"run_id": report.run_id, "status": "complete", "requests": 0, "cost": cost}]
     assert rows(job, "SELECT * FROM savings") == []
+    verified = verify_ledger(job.ledger)
+    assert (verified.ok, dict(verified.skipped)) == (True, {})
 
 
 def test_free_probes_send_no_prompt_and_write_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import pytest
 
+from bidbeam.connectors.errors import Interrupted
 from bidbeam.pipelines.progress import (
     LogProgress,
     NullProgress,
@@ -137,14 +138,21 @@ def test_null_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_library_warnings_become_notes_without_keys() -> None:
-    """They appear among the lines, keys masked, known noise and mere information left out."""
+    """They appear among the lines, keys masked; known noise, mere information, and Beam's words for an error of ours,
+    which the command tells itself, are left out."""
     out = io.StringIO()
     with LogProgress(out) as progress, logs_noted(progress):
         logging.getLogger("library").warning("key %s is old", "sk-plantedplantedplanted")
         logging.getLogger("library").info("hello")
         logging.warning("apitools not found, and so on")
+        beam = logging.getLogger("apache_beam.runners.worker")
+        wrapped = RuntimeError("stopped [while running 'Generate 1/ParDo(X)']")
+        wrapped.__cause__ = Interrupted("stopped")
+        beam.error("stopped [while running 'Generate 1/ParDo(X)']", exc_info=wrapped)
+        beam.error("Worker: Traceback ... bidbeam.connectors.errors.Interrupted: stopped")
+        beam.error("a worker is gone")
     logging.getLogger("library").warning("after the run")
-    assert out.getvalue() == "warning: key *** is old\n"
+    assert out.getvalue() == "warning: key *** is old\nerror: a worker is gone\n"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bidbeam.connectors.errors import ConfigError, InputError, ModelError
 from bidbeam.connectors.input_parts import JSON_MARK
+from bidbeam.connectors.inputs import plan_input, read_split
 from bidbeam.connectors.template_sandbox import LimitedSandbox
 from bidbeam.connectors.tokenizer import ModelTools
 from bidbeam.transforms.rendering import (
@@ -323,6 +324,21 @@ def test_openai_batch_lines_bring_everything_themselves() -> None:
     assert json.loads(messages_json(good, job)[0].as_py()) == [{"role": "user", "content": "hi"}]
     assert messages_json(good, job)[1].as_py() is None
     assert prompt_text(good, job).to_pylist() == [None, "raw text"]
+
+
+@pytest.mark.parametrize("first", ["body", "prompt"])
+def test_batch_lines_among_plain_ones_are_told_what_to_do(tmp_path: Path, first: str) -> None:
+    """Whichever comes first decides what the file is; the others are dead letters that say what to do with them."""
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    lines = [{"custom_id": "a", "method": "POST", "url": "/v1", "body": body}, {"id": "b", "prompt": "plain"}]
+    lines = lines if first == "body" else lines[::-1]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    plan = plan_input([str(tmp_path / "in.jsonl")])
+    rows = rendered(
+        read_split(plan.splits[0], plan.schema).select(plan.schema.names), spec(PromptSpec(column="prompt"))
+    )
+    assert [row["reason"] for row in rows] == [None, "invalid"]
+    assert "put the ones and the others into files, and jobs, of their own" in rows[1]["message"]
 
 
 def test_tools_need_a_model_that_the_endpoint_tokenizes(tools: ModelTools) -> None:

@@ -14,6 +14,7 @@ from bidbeam.connectors.errors import UsageError
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.retry import retried
 from bidbeam.pipelines.run import run
+from bidbeam.pipelines.show import summary_text
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,6 +49,13 @@ def test_dead_letters_run_again_as_a_run_with_a_parent(tmp_path: Path) -> None:
         assert run(retried(job, first.run_id)).status == "nothing_to_do"
     found = written(again)
     check_conserved(found, 2)
+    # Each says where the other is.
+    told = [line.split(maxsplit=1) for line in summary_text(first).splitlines()]
+    assert ["letters", f"{first.output_url}/dead_letters"] in told
+    assert f"run again     bidbeam run JOB --retry-dead {first.run_id}" in summary_text(first)
+    assert ["parent", f"{first.run_id}, whose dead letters these were"] in [
+        line.split(maxsplit=1) for line in summary_text(second).splitlines()
+    ]
     assert found.rows("runs")[0]["parent_run_id"] == first.run_id
     assert found.rows("runs")[0]["run_id"] != first.run_id
     outputs = sorted(found.outputs.to_pylist(), key=lambda row: row["id"])

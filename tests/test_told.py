@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_jobs import check_conserved, make_job, prompts, remote, written
 from tiny_model import tiny_model
@@ -58,6 +59,20 @@ def test_cut_off_answers_and_other_models_are_counted(tmp_path: Path) -> None:
     with open_ledger(job.ledger) as ledger:
         [row] = run_query(ledger, "FROM reconciliation").to_pylist()
     assert (row["compared_model"], row["other_model"], row["other_models"]) == (24, 8, "other-7b")
+
+
+def test_answers_without_a_count_of_tokens_are_told(tmp_path: Path) -> None:
+    """How many were booked at the worst case, because neither the provider nor a tokenizer says what they used; a
+    later start says it of all starts."""
+    with EndpointDouble(["tiny"], lambda seen: Reply(drop=("usage",) if seen.number % 3 == 0 else ())) as double:
+        pools = [remote("far", double.base_url)]
+        first = run(make_job(tmp_path, prompts(9), pools))
+        pq.write_table(prompts(1, start=50), tmp_path / "in" / "b.parquet")
+        second = run(make_job(tmp_path, None, pools))
+    found = written(make_job(tmp_path, None, pools))
+    assert (first.estimated, second.estimated, found.manifest["estimated"]) == (3, 4, 4)
+    assert sum(row["usage_source"] == "estimate" for row in found.attempts) == 4
+    assert "estimated  3 answers came without a count of tokens, booked at the worst case" in summary_text(first)
 
 
 def test_counts_go_over_all_starts(tmp_path: Path) -> None:

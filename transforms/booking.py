@@ -88,6 +88,7 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
         baseline_unknown=unknown,
         wasted=wasted_cost(rows),
         other_models=other_models(rows),
+        estimated=estimated_answers(rows),
     )
 
 
@@ -139,6 +140,16 @@ def other_models(rows: pa.Table) -> dict[str, int]:
         return {}
     names = rows.filter(rows.column("other_model")).column("model_returned").cast(pa.string())
     return {each["values"]: each["counts"] for each in pc.value_counts(names).to_pylist()}
+
+
+def estimated_answers(rows: pa.Table) -> int:
+    """How many SEGMENT rows answered without anybody's count of what they used."""
+    sources = rows.column("usage_source").unify_dictionaries().combine_chunks()
+    guess = sources.dictionary.index("estimate").as_py()
+    if guess < 0 or not pc.any(guessed := pc.equal(sources.indices, guess)).as_py():
+        return 0
+    answered = pc.equal(rows.filter(guessed).column("status").cast(pa.string()), "ok")
+    return int(pc.sum(answered).as_py() or 0)
 
 
 def price_rows(terms: Mapping[str, Terms]) -> pa.Table:

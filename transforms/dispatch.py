@@ -8,6 +8,7 @@ cut short, and what its records name and its segments do not is ``lost``: perhap
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.connectors.errors import AlreadyExists
+from bidbeam.connectors.checksums import FOOTER, check_bytes, with_checksum
+from bidbeam.connectors.errors import AlreadyExists, StoreError
 from bidbeam.connectors.store import Store
 from bidbeam.transforms.heartbeat import last_sign
 from bidbeam.transforms.journal import (
@@ -34,6 +36,7 @@ from bidbeam.transforms.settling import Terms, book_lost
 _TERMS, _AT, _SETUP = b"bidbeam.terms", b"bidbeam.at", b"bidbeam.setup_ms"
 _RECORD = re.compile(r"start-\d+/dispatched/(?P<shift>r\d+-s\d+)-t(?P<try>\d+)-(?P<number>\d+)\.arrow")
 _CLOSED = "closed"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,16 @@ def write_dispatch(journal: Store, name: str, requests: pa.RecordBatch, terms: T
     }
     sink = pa.BufferOutputStream()
     schema = requests.schema.with_metadata(metadata)
-    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"), metadata=FOOTER) as writer:
         writer.write_batch(requests.replace_schema_metadata(metadata))
-    journal.create(name, sink.getvalue())
+    journal.create(name, with_checksum(sink.getvalue()))
 
 
 def read_dispatch(journal: Store, name: str) -> Dispatched:
-    reader = pa.ipc.open_file(pa.BufferReader(journal.read(name)))
+    """Raises ValueError or ArrowException for a record that is not what was written."""
+    data = journal.read(name)
+    check_bytes(data)
+    reader = pa.ipc.open_file(pa.BufferReader(data))
     metadata = reader.schema.metadata
     return Dispatched(
         reader.read_all().replace_schema_metadata(None).combine_chunks().to_batches()[0],
@@ -171,8 +177,14 @@ def _unsettled(journal: Store, records: Sequence[str], known: pa.Array) -> Itera
     for name in records:
         try:
             ids.append(read_dispatch(journal, name).requests.column("attempt_id").cast(pa.binary(16)))
-        except (pa.ArrowException, KeyError, ValueError):
-            # A record that was not written whole let nothing through.
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
+            # A record that was not written whole let nothing through; one that was damaged since may have.
+            _log.warning(
+                "%s is damaged (%s): what it said was about to be sent is not booked, should no answer of it be known",
+                journal.url_of(name), type(error).__name__,
+            )  # fmt: skip
             continue
         names.append(name)
     if not names:

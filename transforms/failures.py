@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
+import json
 from collections.abc import Iterator
 
-from bidbeam.connectors.errors import BidbeamError, StoreError
+from bidbeam.connectors.errors import BidbeamError, StoreError, error_from_json, error_to_json
 from bidbeam.connectors.store import Store
 from bidbeam.transforms.run_context import RunContext
 
@@ -20,14 +20,13 @@ def reported(context: RunContext) -> Iterator[None]:
         yield
     except BidbeamError as error:
         with contextlib.suppress(StoreError, OSError):
-            context.scratch.replace(_NAME, pickle.dumps(error))
+            context.scratch.replace(_NAME, json.dumps(error_to_json(error)).encode())
         raise
 
 
 def failure_of(scratch: Store) -> BidbeamError | None:
     """The error that ended a stage of the start with this scratch, if one did."""
     try:
-        error = pickle.loads(scratch.read(_NAME))  # noqa: S301 # our own journal, written by our own workers
-    except (StoreError, OSError, pickle.PickleError, EOFError, AttributeError):
+        return error_from_json(json.loads(scratch.read(_NAME)))
+    except (StoreError, OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    return error if isinstance(error, BidbeamError) else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from bidbeam.connectors.errors import RunHeld, StoreError
 from bidbeam.connectors.ledger_manifest import PartFile, RunRow, latest_manifest
 from bidbeam.connectors.ledger_writer import write_manifest, write_part
 from bidbeam.connectors.schemas import BASELINES
@@ -42,10 +43,22 @@ class RunRecord:
 
 
 def read_manifest(run_dir: Store) -> dict[str, Any] | None:
-    """The manifest of a run that has ended; None while it has not."""
-    found: list[dict[str, Any]] = [json.loads(run_dir.read(n)) for n in (SUCCESS, INCOMPLETE) if run_dir.exists(n)]
+    """The manifest of a run that has ended; None while it has not. Raises StoreError for one that is damaged."""
+    found = [_manifest(run_dir, name) for name in (SUCCESS, INCOMPLETE) if run_dir.exists(name)]
     # Both stand for a moment where a start ends otherwise than the one before.
     return max(found, key=lambda manifest: int(manifest["starts"]), default=None)
+
+
+def _manifest(run_dir: Store, name: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(run_dir.read(name))
+        int(manifest["starts"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise StoreError(
+            f"{run_dir.url_of(name)} is damaged ({type(error).__name__}): it says that the run has ended, but not with "
+            "what; restore it, or run the job under another name or run date"
+        ) from error
+    return dict(manifest)
 
 
 def finish(context: RunContext, record: RunRecord, published: Sequence[Published], ideal: int) -> dict[str, Any]:
@@ -54,6 +67,9 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
     if before is not None and before["starts"] >= context.start:
         _clean_up(context, before)
         return before
+    if before is not None and before["starts"] != context.ended_start:
+        # What it booked is in neither our counts nor what they are added to.
+        raise RunHeld(f"run {context.run_id} was ended by another start while this one worked; start it again")
     total = sum(published, _booked_before(before))
     dead = sum(total.dead.values())
     status = "complete" if dead <= record.tolerated else "incomplete"
@@ -86,6 +102,7 @@ def finish(context: RunContext, record: RunRecord, published: Sequence[Published
         "wasted": f"{total.wasted:f}",
         "truncated": total.truncated,
         "other_models": dict(total.other_models),
+        "estimated": total.estimated,
         "pools": [{**asdict(pool), "cost": f"{pool.cost:f}"} for pool in total.pools],
         "down": why_down(context.scratch),
         "input": record.fingerprint,
@@ -116,6 +133,7 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
         baseline_unknown=before.get("baseline_unknown", 0),
         wasted=Decimal(before.get("wasted", 0)),
         other_models=before.get("other_models", {}),
+        estimated=before.get("estimated", 0),
     )
 
 

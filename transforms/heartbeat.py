@@ -6,13 +6,8 @@ import contextlib
 import json
 import re
 import threading
-<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-=======
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
->>>>>>> words
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bidbeam.connectors.checksums import FOOTER, check_bytes, with_checksum
 from bidbeam.connectors.errors import AlreadyExists, StoreError
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import PriceSchedule
@@ -47,6 +48,9 @@ class SegmentRef:
     served: int
     cost: Decimal
     """USD that all of its attempts cost."""
+    outcomes: tuple[tuple[str, int, int], ...] = field(default=(), compare=False)
+    """Of a segment that was read back: each pool with how many requests it answered and failed. What was given up or
+    lost says nothing of a pool."""
 
 
 def spent_on(segments: Iterable[SegmentRef]) -> Decimal:
@@ -120,10 +124,10 @@ def write_segment(store: Store, prefix: str, number: int, rows: pa.Table, terms:
     whole = pa.Table.from_batches([b for _, b in by_range], schema=SEGMENT).unify_dictionaries()
     # Mostly nulls and small numbers in wide decimals: compressed to a sixth for no more time than writing it all.
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, schema, options=options) as writer:
+    with pa.ipc.new_file(sink, schema, options=options, metadata=FOOTER) as writer:
         for batch in whole.replace_schema_metadata(metadata).to_batches():
             writer.write_batch(batch)
-    data = sink.getvalue()
+    data = with_checksum(sink.getvalue())
     while True:
         name = f"{prefix}-{number:06d}.arrow"
         try:
@@ -154,8 +158,10 @@ def _split_by_range(rows: pa.Table) -> list[tuple[int, pa.RecordBatch]]:
 
 
 def open_segment(store: Store, name: str) -> tuple[pa.ipc.RecordBatchFileReader, dict[str, Terms]]:
-    """A reader of a segment and its terms by price id."""
-    reader = pa.ipc.open_file(pa.BufferReader(store.read(name)))
+    """A reader of a segment and its terms by price id. Raises ValueError for one that is not what was written."""
+    data = store.read(name)
+    check_bytes(data)
+    reader = pa.ipc.open_file(pa.BufferReader(data))
     return reader, _terms_of(reader)
 
 
@@ -234,4 +240,27 @@ def segment_ref(journal: Store, name: str) -> SegmentRef:
         OVERHEAD if b.column("tag")[0].as_py() is None else b.column("tag")[0].as_py() >> 32 for b in batches
     )
     rows = pa.Table.from_batches(batches)
-    return SegmentRef(name, rows.num_rows, ranges, served_rows(rows), sum_decimal(rows.column("cost")))
+    cost = sum_decimal(rows.column("cost"))
+    return SegmentRef(name, rows.num_rows, ranges, served_rows(rows), cost, tuple(_outcomes(rows)))
+
+
+def _outcomes(rows: pa.Table) -> Iterator[tuple[str, int, int]]:
+    status = rows.column("status").cast(pa.string())
+    asked = pa.table(
+        {
+            "pool": rows.column("pool").cast(pa.string()),
+            "answered": pc.equal(status, "ok").cast(pa.int64()),
+            "failed": pc.equal(status, "failed").cast(pa.int64()),
+        }
+    ).filter(pc.is_valid(rows.column("tag")))
+    for row in asked.group_by("pool").aggregate([("answered", "sum"), ("failed", "sum")]).to_pylist():
+        yield row["pool"], row["answered_sum"], row["failed_sum"]
+
+
+def answered_and_failed(segments: Iterable[SegmentRef]) -> dict[str, tuple[int, int]]:
+    """How many requests each pool answered and failed in segments that were read back."""
+    found: dict[str, tuple[int, int]] = {}
+    for pool, answered, failed in (each for segment in segments for each in segment.outcomes):
+        before = found.get(pool, (0, 0))
+        found[pool] = (before[0] + answered, before[1] + failed)
+    return found

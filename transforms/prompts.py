@@ -115,6 +115,13 @@ def _require(key: str, name: str, schema: pa.Schema) -> None:
     raise InputError(f"prompt.{key}: the input has no column {name!r}{hint}")
 
 
+_BODY = "body"
+_APART = (
+    "lines of an OpenAI batch file and rows with a prompt column do not mix: put the ones and the others into files, "
+    "and jobs, of their own"
+)
+
+
 def _is_messages(type_: pa.DataType) -> bool:
     if not (pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_list_view(type_)):
         return False
@@ -139,10 +146,12 @@ def read_prompts(table: pa.Table, spec: PromptSpec) -> Prompts:
     prompts = Prompts(texts, raw=spec.format == "raw")
     lengths = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
     broken_rows = set(broken)
+    bodies = table.column(_BODY).is_valid() if _BODY in table.column_names and name != _BODY else None
     for row in np.flatnonzero(lengths == 0).tolist():
-        prompts.problems[row] = f"column {name!r}: " + (
-            "the prompt is not UTF-8" if row in broken_rows else "the prompt is null or empty"
-        )
+        said = "the prompt is not UTF-8" if row in broken_rows else "the prompt is null or empty"
+        if bodies is not None and bodies[row].as_py():
+            said += f"; its row has a 'body': {_APART}"
+        prompts.problems[row] = f"column {name!r}: {said}"
     return prompts
 
 
@@ -212,6 +221,9 @@ def _from_batch(table: pa.Table, spec: PromptSpec) -> Prompts:
     samplings: list[dict[str, Any]] = [{} for _ in range(n)]
     problems: dict[int, str] = {}
     for row, body in enumerate(python_values(one_chunk(table.column("body")))):
+        if body is None:
+            problems[row] = f"column 'body': there is none in this line; {_APART}"
+            continue
         try:
             line = read_body(body)
             if "messages" in line:

@@ -62,6 +62,8 @@ class Published:
     """Served requests whose answer was cut off at ``max_tokens``."""
     other_models: Mapping[str, int] = field(default_factory=dict)
     """Answers that plainly name another model than was asked for, by the names they give; the rarest together."""
+    estimated: int = 0
+    """Answers whose usage nobody told and nobody could count: they are booked at their worst case."""
 
     def __add__(self, other: Published) -> Published:
         dead = {r: self.dead.get(r, 0) + other.dead.get(r, 0) for r in sorted({*self.dead, *other.dead})}
@@ -81,6 +83,7 @@ class Published:
             self.wasted + other.wasted,
             self.truncated + other.truncated,
             _most_common(self.other_models, other.other_models),
+            self.estimated + other.estimated,
         )
 
 

@@ -72,6 +72,8 @@ class RunContext:
     """Seconds that pools which have answered get to come back once none does: see ``transforms.outage``."""
     spent: Decimal = Decimal(0)
     """USD that earlier starts of the run have spent."""
+    answered: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By pool: how many requests it answered and failed in earlier starts of the run that did not end."""
     deadline_at: datetime | None = None
     tags: str | None = None
     """The job's tags as canonical JSON text."""

@@ -501,9 +501,10 @@ class Shift:
                 yield lane
 
     def _answers(self, lane: Lane) -> bool:
-        """Whether a pool has answered at least as much as it has failed, in all rounds so far."""
+        """Whether a pool has answered at least as much as it has failed, in all rounds so far of all starts."""
         before = self._before.get(lane.pool, heartbeat.SoFar())
-        return before.failed + lane.failed <= before.settled + lane.settled
+        answered, failed = self._context.answered.get(lane.pool, (0, 0))
+        return failed + before.failed + lane.failed <= answered + before.settled + lane.settled
 
     def _hedge(self) -> None:
         """In the shift's tail: asks a second pool for what a remote one has been at for too long, once each; calls off

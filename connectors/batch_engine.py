@@ -77,9 +77,10 @@ class BatchEngine:
     """Implements ``Engine`` and ``Lasting`` for one model at one provider's batch API.
 
     ``journal`` is where the run's batches are written down; ``booked`` says which rows of one the run has settled
-    already (bool[n]). Files of rows and answers pass through ``directory``, by default the system's place for such, and
-    are gone when it closes. Batches of this pool and model that are still open are taken over: a request whose content
-    is in one is served from it. ``started_at`` of a result is when its batch was first intended.
+    already (bool[n]). ``terms`` is written down with what is sent; ``earlier`` has those of what was taken over.
+    Files of rows and answers pass through ``directory``, by default the system's place for such, and are gone when it
+    closes. Batches of this pool and model that are still open are taken over: a request whose content is in one is
+    served from it. ``started_at`` of a result is when its batch was first intended.
 
     The pool is down where the provider takes no batches from us as configured, or cannot be reached to create one. A
     batch that cannot be looked at for longer than ``patience`` comes back as ``cancelled`` without usage, to be booked
@@ -97,6 +98,7 @@ class BatchEngine:
         run_id: str,
         seed: int,
         booked: Callable[[Intent], npt.NDArray[np.bool_]],
+        terms: str | None = None,
         now: Callable[[], datetime] = _now,
         credentials: Credentials | None = None,
         storage: Mapping[str, Mapping[str, Any]] | None = None,
@@ -106,7 +108,8 @@ class BatchEngine:
         self._endpoint = endpoint(spec)
         self._echo = echo_of(spec, model, self._endpoint.profile)
         self._options: BatchOptions = read_options(spec.options, spec.name, self._endpoint.profile.name)
-        self._journal, self._now, self._storage = journal, now, storage
+        self._journal, self._now, self._storage, self._terms = journal, now, storage, terms
+        self.earlier: dict[datetime, str] = {}
         self._credentials = credentials or credentials_for(spec, self._endpoint.profile.auth, now=now)
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -176,6 +179,8 @@ class BatchEngine:
                 self._journal.drop(intent.name)
                 continue
             batch = Batch(intent, self._intake.new_file(intent.chat), adopted=True, booked=done)
+            if intent.terms is not None:
+                self.earlier[intent.at] = intent.terms
             self._unasked += batch.unasked
             self._intake.adopt(batch)
             self._loop.call_soon_threadsafe(self._begin, batch)
@@ -289,7 +294,7 @@ class BatchEngine:
 
     def _batch_of(self, gathering: Gathering) -> Batch:
         name = f"{self._name}-{tokens.token_hex(6)}"
-        return Batch(new_intent(name, self._name, self._model, gathering, self._now()), gathering)
+        return Batch(new_intent(name, self._name, self._model, gathering, self._now(), self._terms), gathering)
 
     # The loop's side.
 

@@ -57,6 +57,8 @@ class Intent:
     """INTENT_ROWS, in the order of the file."""
     creating_at: datetime | None = None
     batch_id: str | None = None
+    terms: str | None = None
+    """What was agreed when it was sent, in the words of whoever sent it: whoever collects it pays that."""
 
 
 class BatchJournal:
@@ -67,7 +69,13 @@ class BatchJournal:
 
     def intend(self, intent: Intent) -> None:
         """Writes a new intent. Raises StoreError; then nothing may be sent."""
-        meta = {"pool": intent.pool, "model": intent.model, "chat": intent.chat, "at": intent.at.isoformat()}
+        meta = {
+            "pool": intent.pool,
+            "model": intent.model,
+            "chat": intent.chat,
+            "at": intent.at.isoformat(),
+            "terms": intent.terms,
+        }
         schema = INTENT_ROWS.with_metadata({_META: json.dumps(meta).encode()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
@@ -113,6 +121,7 @@ class BatchJournal:
             rows=rows.replace_schema_metadata(None),
             creating_at=None if creating is None else datetime.fromisoformat(creating["at"]),
             batch_id=None if batch is None else batch["id"],
+            terms=meta.get("terms"),
         )
 
     def _note(self, name: str) -> Mapping[str, str] | None:

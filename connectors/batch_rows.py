@@ -149,6 +149,6 @@ def lines_of(path: Path, longest: int = MAX_ANSWER_BYTES) -> Iterator[bytes | No
                 yield raw
 
 
-def new_intent(name: str, pool: str, model: str, gathered: Gathering, at: datetime) -> Intent:
+def new_intent(name: str, pool: str, model: str, gathered: Gathering, at: datetime, terms: str | None) -> Intent:
     """The intent of a gathering that is now closed."""
-    return Intent(name, pool, model, gathered.chat, at, gathered.close())
+    return Intent(name, pool, model, gathered.chat, at, gathered.close(), terms=terms)

@@ -6,7 +6,8 @@ them behind it, a few at a time; an engine that does not (the stand-in of a rehe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -118,6 +119,9 @@ class Lasting(Engine, Protocol):
 
     ``in_flight`` counts, beside requests, what was taken over and nobody asks for, until ``strays`` has given it.
     """
+
+    earlier: Mapping[datetime, str]
+    """The terms under which what was taken over had been sent, by the ``started_at`` of its results."""
 
     def gathered(self) -> None:
         """Says that no more requests come for now: what was gathered is sent. Called often."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.fetch import FeedError
-from bidbeam.connectors.pools import Meter, PoolSpec
-from bidbeam.connectors.price_feeds import DEAREST_HOUR_USD, feed_names, fetch_prices, has_feed
+from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.price_feeds import DEAREST_HOUR_USD, Quoted, feed_names, fetch_prices, has_feed
 
 if TYPE_CHECKING:
     from bidbeam.connectors.machines import Offer, Wanted
@@ -37,10 +37,9 @@ def of_aws(profile: str | None, feed: str | None) -> bool:
 
 def live_token_prices(
     spec: PoolSpec, *, feed: str | None, url: str | None, served_by: str | None, currency: str
-) -> tuple[Mapping[Meter, Decimal], str]:
+) -> Quoted:
     """Prices per single token or request in ``currency``, and where they are from. Raises FeedError."""
-    quoted = fetch_prices(spec, feed=feed, url=url, served_by=served_by, currency=currency)
-    return quoted.unit_prices, quoted.source
+    return fetch_prices(spec, feed=feed, url=url, served_by=served_by, currency=currency)
 
 
 def live_instance_hour(spec: PoolSpec, instance: str, *, url: str | None) -> tuple[Decimal, str]:

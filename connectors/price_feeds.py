@@ -38,6 +38,7 @@ MOST_CHANGE = 100
 _WIDE = Context(prec=100)
 _POWERS: Mapping[PriceUnit, int] = {"usd/token": 0, "usd/mtok": 6}
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}", re.ASCII)
 _MOST_DIGITS = 40
 _MOST_TEXT = 200
 """Characters of a name or a figure that a feed may tell."""
@@ -105,6 +106,8 @@ class Quoted:
 
     unit_prices: Mapping[Meter, Decimal]
     source: str
+    tag: str | None = None
+    """The one of a router's providers that these are the prices of, as requests name it."""
 
 
 def has_feed(name: str | None) -> bool:
@@ -139,6 +142,7 @@ def fetch_prices(
         known = ", ".join(feed_names())
         raise FeedError(f"profile {name} has no price feed; write the prices down, or name one of these feeds: {known}")
     found: dict[str, Quoted] = {}
+    tag: str | None = None
     documents: dict[str, object] = {}
     for model in spec.models.values():
         address = url or _address(spec, shape, model, served_by)
@@ -146,12 +150,14 @@ def fetch_prices(
             documents[address] = fetch_json(address, headers=_key_header(spec, address), timeout_s=timeout_s)
         prices, said = read_prices(documents[address], shape, unit, model, currency=currency, served_by=served_by)
         found[model] = Quoted(prices, f"{bare(address)} {model}{said}")
+        if served_by is not None:
+            tag = _tag(documents[address], model, served_by, tag)
     quotes = list(found.values())
     for model, each in found.items():
         if each.unit_prices != quotes[0].unit_prices:
             first = next(iter(found))
             raise FeedError(f"{first!r} and {model!r} have different prices there; make a pool for each")
-    return quotes[0] if len(quotes) == 1 else Quoted(quotes[0].unit_prices, ", ".join(q.source for q in quotes))
+    return Quoted(quotes[0].unit_prices, ", ".join(q.source for q in quotes), tag)
 
 
 def read_prices(
@@ -314,6 +320,18 @@ def _entry(document: object, model: str, served_by: str | None) -> object:
         if isinstance(name, str):
             known.append(name)
     raise FeedError(f"the feed does not name the model {model!r}{_near(model, known)}")
+
+
+def _tag(document: object, model: str, served_by: str, before: str | None) -> str:
+    """How requests name the provider whose prices were read; the same for every model of a pool."""
+    from bidbeam.connectors.wire_json import pointer
+
+    tag = pointer(_entry(document, model, served_by), "/tag")
+    if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+        raise FeedError(f"the feed does not tell how requests name {served_by!r}")
+    if before not in (None, tag):
+        raise FeedError(f"{served_by!r} serves as {before!r} and as {tag!r}; make a pool for each model")
+    return tag
 
 
 def _near(wrong: str, names: list[str]) -> str:

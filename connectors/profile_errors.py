@@ -79,5 +79,8 @@ SAGEMAKER: tuple[ErrorRule, ...] = (
     # Its way to say that there is no such endpoint.
     ErrorRule("auth_funds", (400,), "of account", ("/message", "/Message")),
     ErrorRule("server", (530,)),
+    # What the container said is quoted as text, whatever it was.
+    ErrorRule("policy", (400, 403), "content_policy", ("/OriginalMessage",)),
+    ErrorRule("policy", (400, 403), "content_filter", ("/OriginalMessage",)),
     *OPENAI,
 )

@@ -95,12 +95,13 @@ class ToldRegion:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What is different where every option in ``when`` has one of the values there."""
+    """What is different where every option in ``when`` has one of the values there; where none are, any value."""
 
     when: Mapping[str, tuple[str, ...]]
     base_url: str | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
     body: Mapping[str, Any] = field(default_factory=dict)
+    """Fields beside those that others set, also within an object of theirs; ``{name}`` is the option of that name."""
     max_tokens_field: str | None = None
 
 

@@ -78,6 +78,7 @@ _BUILT_IN: tuple[Profile, ...] = (
         options={
             "region": "the region that prompts do not leave; its gateway is another host",
             "privacy": "what the providers behind it may do: no-training, or zdr for no retention at all",
+            "provider": "the one provider behind it that may serve, as it is named in requests, such as deepinfra/fp8",
         },
         choices={"region": ("eu", "us"), "privacy": ("no-training", "zdr")},
         variants=(
@@ -101,6 +102,7 @@ _BUILT_IN: tuple[Profile, ...] = (
                 labels={"training": False, "zdr": True},
                 body={"provider": {"data_collection": "deny", "zdr": True}},
             ),
+            Variant({"provider": ()}, body={"provider": {"only": ["{provider}"], "allow_fallbacks": False}}),
         ),
         price_unit="usd/token",
     ),
@@ -259,6 +261,7 @@ DEFAULT_PROFILE = "openai-compatible"
 _NAMED = re.compile(r"\{([a-z_]+)\}")
 _IN_ADDRESS = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?", re.ASCII)
 _IN_HEADER = re.compile(r"[!-~]{1,256}")
+_IN_BODY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}", re.ASCII)
 
 
 def profile(name: str | None) -> Profile:
@@ -293,6 +296,8 @@ def option_problem(chosen: Profile, name: str, value: object) -> tuple[str, str]
             return "does not fit into an address", "letters, digits, dots, - and _"
     elif name in _named_in(*chosen.headers.values()) and not _IN_HEADER.fullmatch(str(value)):
         return "does not fit into a header", "printable ASCII without spaces"
+    elif name in _named_in(*(str(each.body) for each in chosen.variants)) and not _IN_BODY.fullmatch(str(value)):
+        return "is no name", "letters, digits, dots, slashes, - and _"
     return None
 
 
@@ -322,7 +327,7 @@ def resolved(name: str | None, options: Mapping[str, Any], base_url: str | None 
         if _holds(each.when, options):
             address = base_url or each.base_url or address
             labels |= each.labels
-            body |= each.body
+            body = _merged(body, _in_body(each.body, options))
             limit = each.max_tokens_field or limit
     for rule in chosen.residency:
         place = rule.places.get(str(options.get(rule.option)))
@@ -340,7 +345,31 @@ def resolved(name: str | None, options: Mapping[str, Any], base_url: str | None 
 
 
 def _holds(when: Mapping[str, tuple[str, ...]], options: Mapping[str, Any]) -> bool:
-    return all(str(options.get(name)) in values for name, values in when.items())
+    return all(
+        str(options.get(name)) in values if values else options.get(name) not in (None, "")
+        for name, values in when.items()
+    )
+
+
+def _in_body(part: Any, options: Mapping[str, Any]) -> Any:
+    if isinstance(part, Mapping):
+        return {name: _in_body(value, options) for name, value in part.items()}
+    if isinstance(part, list):
+        return [_in_body(value, options) for value in part]
+    return _filled(part, options) if isinstance(part, str) else part
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of both, those of objects that both have too; else the other's count."""
+    return {
+        **one,
+        **{
+            name: _merged(one[name], value)
+            if isinstance(value, Mapping) and isinstance(one.get(name), Mapping)
+            else value
+            for name, value in other.items()
+        },
+    }
 
 
 def _filled(template: str, options: Mapping[str, Any]) -> str:

@@ -71,9 +71,8 @@ def _pool(job: Job, place: int, rates: Mapping[str, FxRate | ConfigError], now: 
     if source is None:
         return _checked(job, place, pool) if rate is not None else pool
     try:
-        price = _price(pool, source, job, now)
-        check(price, job.fx, source.expected or (source.fallback.unit_prices if source.fallback else None))
-        return replace(pool, price=price)
+        priced = _priced(pool, source, job, now)
+        check(priced.price, job.fx, source.expected or (source.fallback.unit_prices if source.fallback else None))
     except BidbeamError as error:
         if source.fallback is None:
             expected = "prices that are written down, or such prices under fallback" if source.kind != "dated" else None
@@ -83,7 +82,10 @@ def _pool(job: Job, place: int, rates: Mapping[str, FxRate | ConfigError], now: 
         told = f"{source.fallback.source}, for {error}"[:300]
         from bidbeam.pipelines.prices import schedule_of
 
-        return replace(pool, price=schedule_of(pool.name, source.fallback.unit_prices, source.fallback.currency, told))
+        fallback = schedule_of(pool.name, source.fallback.unit_prices, source.fallback.currency, told)
+        priced = replace(pool, price=fallback)
+        return _pinned(priced, source.served_by) if source.served_by is not None else priced
+    return priced
 
 
 def _checked(job: Job, place: int, pool: PoolSpec) -> PoolSpec | ConfigError:
@@ -103,6 +105,26 @@ def check(price: PriceSchedule, fx: Mapping[str, FxRate], expected: Mapping[Mete
     check_plausible(price.unit_prices, usd, expected)
 
 
+def _priced(pool: PoolSpec, source: PriceSource, job: Job, now: datetime) -> PoolSpec:
+    """The pool at the price that its source tells; where that is one of a router's providers', bound to that one."""
+    if source.kind != "live":
+        return replace(pool, price=_price(pool, source, job, now))
+    price, tag = _live(pool, source, now)
+    return _pinned(replace(pool, price=price), tag) if tag is not None else replace(pool, price=price)
+
+
+def _pinned(pool: PoolSpec, provider: str) -> PoolSpec:
+    """The pool, which asks nobody else behind a router than the provider whose price it has."""
+    from bidbeam.connectors.profiles import profile
+
+    if "provider" not in profile(pool.profile).options:
+        return pool
+    named = pool.options.get("provider")
+    if named not in (None, provider):
+        raise ConfigError(f"the price is that of {provider!r}, and options.provider is {named!r}")
+    return replace(pool, options={**pool.options, "provider": provider})
+
+
 def _price(pool: PoolSpec, source: PriceSource, job: Job, now: datetime) -> PriceSchedule:
     from bidbeam.pipelines.prices import schedule_of
 
@@ -110,31 +132,31 @@ def _price(pool: PoolSpec, source: PriceSource, job: Job, now: datetime) -> Pric
         return valid_at(source.dated, now)
     if source.kind == "file":
         return valid_at(_from_file(pool, source, job), now)
-    if source.kind == "list":
-        from bidbeam.connectors.list_prices import list_price
+    from bidbeam.connectors.list_prices import list_price
 
-        names = (source.model,) if source.model else tuple(dict.fromkeys((*pool.models.values(), *pool.models)))
-        listed = list_price(source.provider or "", names, job.run_date, batch=pool.kind == "batch")
-        return schedule_of(pool.name, listed.unit_prices, source.currency, listed.source, valid_from=listed.valid_from)
-    return _live(pool, source, now)
+    names = (source.model,) if source.model else tuple(dict.fromkeys((*pool.models.values(), *pool.models)))
+    listed = list_price(source.provider or "", names, job.run_date, batch=pool.kind == "batch")
+    return schedule_of(pool.name, listed.unit_prices, source.currency, listed.source, valid_from=listed.valid_from)
 
 
-def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> PriceSchedule:
+def _live(pool: PoolSpec, source: PriceSource, now: datetime) -> tuple[PriceSchedule, str | None]:
+    """What a feed tells now, and the one of a router's providers that it is of."""
     from bidbeam.connectors.live_prices import live_hour, live_instance_hour, live_token_prices, of_aws
     from bidbeam.pipelines.prices import by_throughput, hour_prices, schedule_of
 
     if source.by_hour:
         hour, told = live_hour(source.feed or pool.profile or "", _wanted(pool, source), url=source.url)
-        return schedule_of(pool.name, hour_prices(hour), source.currency, told, fetched_at=now)
+        return schedule_of(pool.name, hour_prices(hour), source.currency, told, fetched_at=now), None
     if source.tokens_per_second is not None and of_aws(pool.profile, source.feed):
         hour, told = live_instance_hour(pool, source.machine or "", url=source.url)
         told += f": {hour:f} an hour at {source.tokens_per_second.normalize():f} tokens a second"
         served = by_throughput(hour, source.tokens_per_second)
-        return schedule_of(pool.name, served, source.currency, told, fetched_at=now)
-    prices, told = live_token_prices(
+        return schedule_of(pool.name, served, source.currency, told, fetched_at=now), None
+    quoted = live_token_prices(
         pool, feed=source.feed, url=source.url, served_by=source.served_by, currency=source.currency
     )
-    return schedule_of(pool.name, prices, source.currency, told, fetched_at=now)
+    price = schedule_of(pool.name, quoted.unit_prices, source.currency, quoted.source, fetched_at=now)
+    return price, quoted.tag
 
 
 def _wanted(pool: PoolSpec, source: PriceSource) -> Wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_jobs import DAY, Written, check_conserved, make_job, prompts, remote, total, write_job, written
@@ -25,6 +27,7 @@ from bidbeam.connectors.front_batch import BatchFront, Fate
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
+from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import generate, shift
 
 pytestmark = pytest.mark.timeout(60)
@@ -205,6 +208,43 @@ def test_ctrl_c_leaves_the_batch_to_the_next_start(tmp_path: Path, upstream: End
         assert len(front.batches) == 1
     found = check(job, 15)
     assert total(found.rows("charges")) == bill(front)
+
+
+def test_a_batch_that_is_taken_over_costs_what_was_agreed_when_it_was_sent(
+    tmp_path: Path, upstream: EndpointDouble
+) -> None:
+    """The rate is frozen at the award, though the price is the same: what holds by the time of the collecting is for
+    what is sent from then on, and both stand in the ledger with where they are from."""
+
+    def asking(rate: str, rows: pa.Table, front: BatchFront) -> Path:
+        path = write_job(tmp_path, rows, [batch(front, price={**HALF, "currency": "EUR"})])
+        fx = {"EUR": {"rate": rate, "at": f"2026-01-0{rate[-1]}T00:00:00Z", "source": f"by hand {rate}"}}
+        pools = json.loads((tmp_path / "pools.yaml").read_text())
+        (tmp_path / "pools.yaml").write_text(json.dumps({**pools, "fx": fx}))
+        return path
+
+    with BatchFront(upstream.base_url, held=True) as front:
+        process = started(asking("1.1", prompts(6, start=2), front))
+        try:
+            until(lambda: away(tmp_path))
+        finally:
+            process.kill()
+            process.communicate()
+        front.release()
+        # Rows 2 to 7 were sent at the first rate; row 7 has gone, and is nobody's; rows 0 and 1 are new.
+        job = Job.from_yaml(asking("1.2", prompts(7), front), run_date=DAY)
+        assert run(job).served == 7
+        assert [len(sent.rows) for sent in front.batches] == [6, 2]
+    found = written(job)
+    assert total(found.rows("charges")) == Decimal(found.manifest["cost"])
+    agreed: dict[str, set[tuple[Decimal, str]]] = {}
+    for charge in found.rows("charges"):
+        agreed.setdefault(charge["request_id"], set()).add((charge["fx_rate"], charge["fx_source"]))
+        assert charge["cost"] == charge["cost_native"] * charge["fx_rate"]
+    first, second = {(Decimal("1.1"), "by hand 1.1")}, {(Decimal("1.2"), "by hand 1.2")}
+    assert agreed == {f"q{n}": first if n >= 2 else second for n in range(8)}
+    assert {charge["price_id"] for charge in found.rows("charges")} <= {row["price_id"] for row in found.rows("prices")}
+    assert [check.name for check in verify_ledger(job.ledger).checks if check.failed] == []
 
 
 def test_the_deadline_cancels_a_batch_and_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from bidbeam.connectors import leases
 from bidbeam.connectors.doubles import OK, RESET, EndpointDouble, Reply, Seen
 from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.front_render import KEY, RenderFront
+from bidbeam.connectors.front_server import Call
 from bidbeam.connectors.front_targon import TargonFront, machine
 from bidbeam.connectors.lease_engine import LeaseEngine
 from bidbeam.connectors.leases import LeaseBook, LeaseRecord
@@ -265,6 +266,25 @@ def test_a_node_that_dies_while_it_serves_is_given_back_at_once_and_paid_for(tmp
     check_conserved(found, 30)
     assert sum(seconds(found).values()) > 0
     assert open_leases(job) == []
+
+
+def test_a_node_is_written_down_before_it_is_asked_for(node: EndpointDouble, tmp_path: Path) -> None:
+    """Whoever is killed between the two has left word of it."""
+    known: list[list[tuple[str, str | None]]] = []
+
+    class Watched(RenderFront):
+        def answer(self, call: Call) -> Reply:
+            if call.method == "POST":
+                known.append([(record.name, record.node_id) for record in open_leases(job)])
+                asked.append(call.body["name"])
+            return super().answer(call)
+
+    asked: list[str] = []
+    with Watched(refuse=Reply.error(402, "insufficient credits", "payment_required")) as front:
+        job = make_job(tmp_path, prompts(2), [lease_pool(front, node)], auction={"rounds": 1})
+        run(job)
+    assert known == [[(name, None)] for name in asked]
+    assert len(asked) == 1
 
 
 def test_a_lost_answer_to_the_request_for_a_node_leaks_none(node: EndpointDouble, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from bidbeam.connectors.front_prime import PrimeFront, listing
 from bidbeam.connectors.front_server import Call, FrontServer
 from bidbeam.connectors.front_targon import TargonFront, machine
 from bidbeam.connectors.fronts import ProviderFront
+from bidbeam.connectors.http_transport import endpoint
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.price_feeds import SHAPES, check_plausible, read_prices
 from bidbeam.pipelines.job import Job
@@ -175,8 +176,19 @@ def test_one_of_a_routers_providers_is_priced_by_its_own_entry(tmp_path: Path) -
         base, models = f"{feed.url}/api/v1", {"tiny": "author/tiny"}
         pool = resolved(tmp_path, live(base, "openrouter", price={"served_by": "Two"}, models=models))
         assert pool.price.unit_prices["uncached_input"] == Decimal("5e-7")
+        # And nobody else behind the router is asked at that price.
+        assert endpoint(pool).profile.body == {"provider": {"only": ["two"], "allow_fallbacks": False}}
+        also = live(base, "openrouter", price={"served_by": "one/fp8"}, models=models, options={"privacy": "zdr"})
+        assert endpoint(resolved(tmp_path, also)).profile.body == {
+            "provider": {"data_collection": "deny", "zdr": True, "only": ["one/fp8"], "allow_fallbacks": False}
+        }
+        other = live(base, "openrouter", price={"served_by": "Two"}, models=models, options={"provider": "one/fp8"})
+        assert "the price is that of 'two', and options.provider is 'one/fp8'" in refusal(tmp_path, other)
         wrong = refusal(tmp_path, live(base, "openrouter", price={"served_by": "twoo"}, models=models))
     assert "'twoo' does not serve 'author/tiny' there; did you mean 'two'?" in wrong
+    fallback = {"input": "0.50", "output": "3.00", "per": "1M tokens"}
+    down = live("http://127.0.0.1:9/v1", "openrouter", price={"served_by": "two", "fallback": fallback}, models=models)
+    assert endpoint(resolved(tmp_path, down)).profile.body["provider"]["only"] == ["two"]
 
 
 def test_the_run_pays_the_live_price_and_the_ledger_says_whose_it_was(tmp_path: Path) -> None:

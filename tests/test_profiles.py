@@ -164,6 +164,7 @@ def test_no_option_leads_to_another_host(name: str, data: st.DataObject) -> None
         ("profile: sagemaker, base_url: https://a.example/v1", "profile sagemaker needs options.region"),
         ("profile: openrouter, options: {privacy: none}", "(expected one of no-training, zdr)"),
         ("profile: prime, options: {team_id: 'a b'}", "does not fit into a header"),
+        ("profile: openrouter, options: {provider: 'a b'}", "options.provider: is no name"),
         ("profile: pai3", "(expected the endpoint's address"),
         ("profile: chuts", "did you mean 'chutes'?"),
     ],

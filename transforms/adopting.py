@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.batches import batches_of, booked_rows
 from bidbeam.transforms.decisions import Decision
+from bidbeam.transforms.journal import terms_from_json
 from bidbeam.transforms.lane import all_tags
 from bidbeam.transforms.lots import LOT, TAKEN_OVER, part_of_lot
 from bidbeam.transforms.order import read_order
@@ -67,7 +68,8 @@ def adopt(context: RunContext, lots: pa.Table, terms: TermsOf) -> tuple[pa.Table
             continue
         left = intent.rows.filter(pa.array(~booked_rows(context, intent)))
         waiting[intent.pool, intent.model].update(left.column("key").to_pylist())
-        reserved += _worst_case(left, terms(intent.pool, intent.model))
+        agreed = terms(intent.pool, intent.model) if intent.terms is None else terms_from_json(json.loads(intent.terms))
+        reserved += _worst_case(left, agreed)
     if not waiting:
         return lots, None
     orders: dict[int, pa.Table] = {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.batch_journal import BatchJournal, Intent
 from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.transforms.compaction import kept_answers
-from bidbeam.transforms.journal import list_segments
+from bidbeam.transforms.journal import list_segments, terms_from_json
 from bidbeam.transforms.region_check import check_regions
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms, book_lost, settle
@@ -48,23 +52,48 @@ def booked_rows(context: RunContext, intent: Intent) -> npt.NDArray[np.bool_]:
     return booked
 
 
-def settle_strays(engine: Engine, terms: Terms, labels: Mapping[str, Any]) -> tuple[pa.Table | None, str | None]:
+def earlier_terms(engine: Engine, terms: Terms) -> dict[datetime, Terms]:
+    """By the ``started_at`` of its results, what was agreed when an earlier start sent what this engine has taken over;
+    without what is no other than ``terms`` say.
+
+    A price that is the same at another rate of exchange is a schedule of its own: it has an id of its own here.
+    """
+    found: dict[datetime, Terms] = {}
+    if isinstance(engine, Lasting):
+        for at, text in engine.earlier.items():
+            agreed = terms_from_json(json.loads(text))
+            if agreed.price.price_id == terms.price.price_id:
+                if (agreed.fx_rate, agreed.fx_at) == (terms.fx_rate, terms.fx_at):
+                    continue
+                digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+                agreed = replace(agreed, price=replace(agreed.price, price_id=digest))
+            found[at] = agreed
+    return found
+
+
+def settle_strays(
+    engine: Engine, terms: Terms, labels: Mapping[str, Any]
+) -> tuple[pa.Table | None, str | None, list[Terms]]:
     """SEGMENT rows, without a tag, of what came back to an engine and nobody asks for any more; None of nothing.
 
-    And what the first of them says that was processed where ``labels`` do not declare the pool to be: see
-    ``check_regions``.
+    And what the first of them says that was processed where ``labels`` do not declare the pool to be (see
+    ``check_regions``), and the terms of earlier starts that some of them are booked under.
     """
     if not isinstance(engine, Lasting):
-        return None, None
+        return None, None, []
     parts: list[pa.RecordBatch] = []
-    astray: str | None = None
+    astray, used = None, []
+    earlier = earlier_terms(engine, terms)
     for requests, results in engine.strays():
+        # All of them are of one batch.
+        agreed = earlier.get(results.column("started_at")[0].as_py(), terms)
+        used += [agreed] if agreed is not terms else []
         unknown = pc.and_(pc.equal(results.column("status"), "cancelled"), pc.is_null(results.column("input_tokens")))
         lost, known = results.filter(unknown), results.filter(pc.invert(unknown))
         if lost.num_rows:
-            parts.append(book_lost(requests.filter(unknown), terms, lost.column("finished_at")[0].as_py()))
+            parts.append(book_lost(requests.filter(unknown), agreed, lost.column("finished_at")[0].as_py()))
         if known.num_rows:
             known, said = check_regions(known, labels)
             astray = astray or said
-            parts.append(settle(requests.filter(pc.invert(unknown)), known, terms, accelerator_ms=None))
-    return pa.Table.from_batches(parts).unify_dictionaries() if parts else None, astray
+            parts.append(settle(requests.filter(pc.invert(unknown)), known, agreed, accelerator_ms=None))
+    return pa.Table.from_batches(parts).unify_dictionaries() if parts else None, astray, used

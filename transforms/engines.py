@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,8 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
     if spec.kind == "batch":
         from bidbeam.connectors.batch_engine import BatchEngine
         from bidbeam.transforms.batches import batches_of, booked_rows
+        from bidbeam.transforms.bid import terms_of
+        from bidbeam.transforms.journal import terms_to_json
 
         return Slot(
             BatchEngine(
@@ -169,6 +172,7 @@ def _start(context: RunContext, spec: PoolSpec, model: str) -> Slot:
                 # Prompts stay where the plan has spilled them, even if this process does not live to clear up.
                 directory=Path(context.scratch.url) if context.scratch.is_local else None,
                 booked=lambda intent: booked_rows(context, intent),
+                terms=json.dumps(terms_to_json(terms_of(context, spec, model))),
             )
         )
     if spec.kind == "lease":

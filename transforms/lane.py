@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA, Engine, Lasting, Queueing
 from bidbeam.connectors.errors import ModelError, PoolDown
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.accelerator_time import AcceleratorMeter
-from bidbeam.transforms.batches import settle_strays
+from bidbeam.transforms.batches import earlier_terms, settle_strays
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
@@ -84,6 +84,8 @@ class Lane:
     out: str | None = None
     """Why it counts as down although its engine lives; what is in flight still comes back."""
     breaker: Breaker = field(default_factory=Breaker)
+    agreed: dict[str, Terms] = field(default_factory=dict)
+    """By price id, what was agreed in earlier starts on what this one has collected."""
     strayed: bool = False
     """Whether an answer came from where the pool does not declare to be: it gets no more in this round."""
     heeded: int = 0
@@ -293,8 +295,9 @@ class Lane:
 
     def settle_unasked(self) -> pa.Table | None:
         """SEGMENT rows of what came back that nobody asks for any more; None where nothing did."""
-        rows, astray = settle_strays(self.engine, self.terms, self.labels)
+        rows, astray, agreed = settle_strays(self.engine, self.terms, self.labels)
         self._note_stray(astray)
+        self.agreed |= {terms.price.price_id: terms for terms in agreed}
         return rows
 
     def _weigh(self, batch: pa.RecordBatch) -> None:
@@ -455,20 +458,9 @@ class Lane:
             # Of what failed no tokens are counted either.
             answered = pc.equal(results.column("status"), "ok")
             self.ideal_cached_tokens += pc.sum(requests.column("ideal_cached_tokens").filter(answered)).as_py() or 0
-            if not metered and (unknown := _outcome_unknown(results)) is not None:
-                rows.append(self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at")))
-                requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
-            if results.num_rows:
-                checked = check_answers(requests.column("sampling"), results) if self.checks else results
-                self._weigh_answers(results, checked)
-                if checked is not results:
-                    self.repeating.update(would_repeat(requests.column("sampling"), results, checked))
-                results = checked
-                counted = self.recount(results) if self.recount is not None else None
-                milliseconds = busy if metered else None
-                rows.append(
-                    settle(requests, results, self.terms, accelerator_ms=milliseconds, recount_output_tokens=counted)
-                )
+            for terms, mine in self._by_terms(results.column("started_at")):
+                asked, told = (each if mine is None else each.filter(mine) for each in (requests, results))
+                rows += self._settled(asked, told, terms, now, busy if metered else None)
         elif busy:
             rows += self._overhead("accelerator_second", busy, now)
         if final and self.down and self._outstanding:
@@ -479,11 +471,50 @@ class Lane:
             self._count(batch)
         return pa.Table.from_batches(rows).unify_dictionaries() if rows else None
 
-    def _lost(self, requests: pa.RecordBatch, now: datetime, started_at: pa.Array | None = None) -> pa.RecordBatch:
+    def _by_terms(self, started_at: pa.Array) -> Iterator[tuple[Terms, pa.Array | None]]:
+        """The terms of results that began then, and which of them each are of (bool[n]; None: all): what an earlier
+        start had sent is paid as was agreed then."""
+        earlier = earlier_terms(self.engine, self.terms)
+        if not earlier:
+            yield self.terms, None
+            return
+        left = pa.repeat(True, len(started_at))
+        for at, terms in earlier.items():
+            mine = pc.equal(started_at, pa.scalar(at, started_at.type))
+            if pc.any(mine).as_py():
+                self.agreed[terms.price.price_id] = terms
+                yield terms, mine
+                left = pc.and_(left, pc.invert(mine))
+        if pc.any(left).as_py():
+            yield self.terms, left
+
+    def _settled(
+        self, requests: pa.RecordBatch, results: pa.RecordBatch, terms: Terms, now: datetime, milliseconds: int | None
+    ) -> Iterator[pa.RecordBatch]:
+        """SEGMENT rows of results; ``milliseconds`` is what the accelerator was busy with them, None where that is not
+        what is paid."""
+        if milliseconds is None and (unknown := _outcome_unknown(results)) is not None:
+            yield self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at"), terms)
+            requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
+        if results.num_rows:
+            checked = check_answers(requests.column("sampling"), results) if self.checks else results
+            self._weigh_answers(results, checked)
+            if checked is not results:
+                self.repeating.update(would_repeat(requests.column("sampling"), results, checked))
+            counted = self.recount(checked) if self.recount is not None else None
+            yield settle(requests, checked, terms, accelerator_ms=milliseconds, recount_output_tokens=counted)
+
+    def _lost(
+        self,
+        requests: pa.RecordBatch,
+        now: datetime,
+        started_at: pa.Array | None = None,
+        terms: Terms | None = None,
+    ) -> pa.RecordBatch:
         """SEGMENT rows of requests that the pool was handed and of whose outcome nothing is known."""
         if started_at is not None:
             requests = requests.append_column("started_at", started_at)
-        rows = book_lost(requests, self.terms, now)
+        rows = book_lost(requests, terms or self.terms, now)
         for name, value in (("error_class", "server"), ("error_message", _LOST)):
             at = rows.schema.get_field_index(name)
             rows = rows.set_column(

@@ -565,7 +565,8 @@ class Shift:
             settled = lane.settle(final=final), lane.settle_unasked()
             if any(rows is not None for rows in settled):
                 parts += [rows for rows in settled if rows is not None]
-                terms[lane.terms.price.price_id, lane.model] = lane.terms
+                for agreed in (lane.terms, *lane.agreed.values()):
+                    terms[agreed.price.price_id, lane.model] = agreed
         if not parts:
             if final:
                 yield from self._written(keep=0)

@@ -19,7 +19,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.pipelines.begin import make_context, model_facts, places, prepare_models, render_spec
 from bidbeam.pipelines.job import Job, check_fx, check_input
 from bidbeam.pipelines.known import known_pools
-from bidbeam.pipelines.offers import expected_bill, offers, worst_bill
+from bidbeam.pipelines.offers import expected_bill, least_budget, offers, worst_bill
 from bidbeam.pipelines.resolving import resolve
 from bidbeam.pipelines.summary import Quote
 from bidbeam.transforms.run_context import RunContext
@@ -149,6 +149,7 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         pools=pools,
         lots=lots.num_rows,
         unserved=dict(unserved),
+        needed=least_budget(bids) if unserved["budget"] else None,
         lp_bound=auction["lp_bound"],
         regret=auction["regret"],
         payment=context.payment,

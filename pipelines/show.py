@@ -89,7 +89,7 @@ def quote_text(quote: Quote) -> str:
     )
     rows.append(("input tokens", f"{quote.input_tokens:,}{about}{share}"))
     if quote.unserved:
-        rows.append(("unserved", counts(quote.unserved)))
+        rows.append(("unserved", counts(quote.unserved) + _needed_text(quote)))
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
     if quote.reserved_cost is not None:
         rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
@@ -101,10 +101,15 @@ def quote_text(quote: Quote) -> str:
         rows.append(("payment", f"{quote.payment}: {_rent_text(quote)}"))
     if quote.finish_at is not None:
         rows.append(("finish", f"{quote.finish_at:%Y-%m-%d %H:%M:%S %Z}" + _against_deadline(quote)))
-    elif quote.deadline_at is not None:
+    elif any(each.lots for each in quote.pools):
+        rows.append(
+            ("finish", "not known: nobody declares or has shown the speed (tokens_per_second) of a pool that won")
+        )
+    if quote.finish_at is None and quote.deadline_at is not None:
         rows.append(("deadline", f"{quote.deadline_at:%Y-%m-%d %H:%M:%S %Z}"))
     rows.append(("run", quote.run_id))
-    heads = ("pool", "price", "capacity", "asks", "lots", "requests", "expected", "reserved", "finish", "why not")
+    heads = ("pool", "price", "capacity", "bid for all", "lots won", "requests", "expected cost", "reserved", "finish",
+             "why not")  # fmt: skip
     body = [
         (
             each.pool,
@@ -124,6 +129,12 @@ def quote_text(quote: Quote) -> str:
     if any(each.answers for each in quote.pools):
         parts.insert(1, _seen_text(quote))
     return "\n\n".join(parts)
+
+
+def _needed_text(quote: Quote) -> str:
+    if quote.needed is None or quote.budget is None:
+        return ""
+    return f"; the budget of {usd(quote.budget)} must be at least {usd(quote.needed)} for every lot to be reserved"
 
 
 def _rent_text(quote: Quote) -> str:

@@ -22,6 +22,7 @@ from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.stand_in import StandIn
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
+from bidbeam.pipelines.progress import usd
 from bidbeam.pipelines.quote import quote_job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.show import quote_text
@@ -99,6 +100,13 @@ def test_a_quote_says_what_nobody_would_take(tmp_path: Path) -> None:
     poor = quote_job(make_job(tmp_path, rows, [remote("near")], budget={"max_cost": "0"}))
     assert dict(poor.unserved) == {"no_eligible_pool": 1, "budget": 2}
     assert poor.worst_case_cost == 0
+    # The two rows with a pool reserve what they cost at full length.
+    assert poor.needed == quote.reserved_cost
+    assert poor.pools[0].why_not == f"the budget of $0.00 covers no lot: one reserves {usd(poor.needed)} or more"
+    assert f"2 budget, 1 no_eligible_pool; the budget of $0.00 must be at least {usd(poor.needed)} for" in quote_text(
+        poor
+    )
+    assert quote.needed is None
     assert quote_job(make_job(tmp_path / "none", rows.slice(0, 1), [remote("near")])).lots == 0
 
 

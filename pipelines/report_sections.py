@@ -298,7 +298,7 @@ def _timeline(ledger: duckdb.DuckDBPyConnection, run: Row, colours: Mapping[str,
     step_s = max((last - first) / 1e6 / steps, 1.0)
     top = max(map(sum, zip(*series.values(), strict=True))) / step_s
     return Chart(
-        f"Tokens per second of the answers as they came, by {duration_text(step_s)}",
+        f"Tokens per second of the answers as they came, in steps of {duration_text(step_s)}",
         stacked(list(series.values())),
         tuple((name, at % COLOURS) for name, at in colours.items()),
         f"{datetime.fromtimestamp(first / 1e6, UTC):%H:%M:%S} UTC",

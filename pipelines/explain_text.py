@@ -61,7 +61,7 @@ def _clearing(it: Clearing) -> Iterator[str]:
         if not bid.eligible:
             yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
     yield f"  {_why(it)}"
-    if it.reserve is not None and it.urgency:
+    if it.reserve is not None and it.urgency and it.urgency >= _PRESSING:
         pressing = f"{100 * it.urgency:.1f}% of the time to the deadline gone or needed"
         yield f"  reserve {_money(it.reserve)}, with {pressing}: what the lot was worth rather than see it fail"
     if it.winner is not None:
@@ -92,6 +92,8 @@ def _why(it: Clearing) -> str:
     return f"{it.winner} won: its score is {_money(it.margin)} lower than that of {it.runner_up}, the runner-up"
 
 
+_PRESSING = Decimal("0.0005")
+"""The least urgency that shows."""
 _BID_HEAD = (
     "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "+ setup", "- exploration",
     "worst case", "cached", "output", "finishes",
@@ -131,10 +133,13 @@ def _attempt(it: Attempt, of: Explanation) -> Iterator[str]:
         yield f"  error: {', '.join(part for part in error if part is not None)}"
     written = "" if it.cache_write_tokens is None else f"{it.cache_write_tokens} written to the cache, "
     cut = ", cut off at max_tokens" if it.finish_reason == "length" else ""
-    yield (
-        f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, {written}"
-        f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'}){cut}"
-    )
+    if (it.input_tokens, it.cached_tokens, it.output_tokens) == (None, None, None):
+        yield "  tokens: none reported"
+    else:
+        yield (
+            f"  tokens: {_amount(it.input_tokens)} input, {_amount(it.cached_tokens)} of them cached, {written}"
+            f"{_amount(it.output_tokens)} output ({it.usage_source or 'source unknown'}){cut}"
+        )
     if it.other_model:
         yield f"  the answer names another model: {it.model_returned}"
     facts = {

@@ -7,7 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
-from bidbeam.pipelines.show import one_line
+from bidbeam.pipelines.show import one_line, refusal_text
 from bidbeam.transforms.lots import TAKEN_OVER
 
 __all__ = ["render_text"]
@@ -59,7 +59,7 @@ def _clearing(it: Clearing) -> Iterator[str]:
         yield from _table(_BID_HEAD, [_bid_cells(bid, it) for bid in offers])
     for bid in it.bids:
         if not bid.eligible:
-            yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
+            yield f"  {bid.pool} could not bid: {refusal_text(bid.reject_reason or 'no reason given')}"
     yield f"  {_why(it)}"
     if it.reserve is not None and it.urgency and it.urgency >= _PRESSING:
         pressing = f"{100 * it.urgency:.1f}% of the time to the deadline gone or needed"

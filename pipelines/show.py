@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -121,7 +122,7 @@ def quote_text(quote: Quote) -> str:
             usd(each.expected_cost),
             usd(each.worst_case_cost),
             "" if each.finish_s is None else duration_text(each.finish_s),
-            each.why_not or "",
+            refusal_text(each.why_not or ""),
         )
         for each in quote.pools
     ]
@@ -191,6 +192,28 @@ def _against_deadline(quote: Quote) -> str:
 def counts(numbers: Mapping[str, int]) -> str:
     """Counts by name, the largest first."""
     return ", ".join(f"{n:,} {name}" for name, n in sorted(numbers.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+_REFUSED = {
+    "deadline": "it would be done after the deadline",
+    "too_long": "a request is longer than its context",
+    "capacity": "it has no capacity",
+    "price": "its currency has no exchange rate",
+    "model": "it does not serve the model",
+}
+_PLACEMENT = re.compile(r"placement:(\w+)( \(undeclared\))?")
+_OF_LOTS = re.compile(r" \([\d,]+ of [\d,]+ lots\)$")
+
+
+def refusal_text(reason: str) -> str:
+    """Why a pool could not bid, in words; what is no reason of the ledger's stays as it is."""
+    lots = found[0] if (found := _OF_LOTS.search(reason)) else ""
+    bare = reason.removesuffix(lots)
+    if (label := _PLACEMENT.fullmatch(bare)) is not None:
+        told = "declares no" if label[2] else "declares a"
+        asked = "and the job asks for one" if label[2] else "that the job does not allow"
+        return f"its placement {told} {label[1]}{',' if label[2] else ''} {asked}{lots}"
+    return f"{_REFUSED.get(bare, bare)}{lots}"
 
 
 def _count(number: int | None) -> str:

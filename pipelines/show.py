@@ -83,6 +83,8 @@ def quote_text(quote: Quote) -> str:
     """A quote: the market, a row per pool, what earlier runs showed of them, then the totals against the terms."""
     about = " (estimates: a model's tokenizer is not known)" if quote.estimated else ""
     rows = [("prompts", f"{quote.requests:,}" + (f", {quote.dead_invalid:,} invalid" if quote.dead_invalid else ""))]
+    if quote.dead_invalid:
+        rows.append(("invalid", "its dead letters will say why; --rehearse writes them too, for nothing"))
     share = (
         f", {100 * quote.ideal_cached_tokens / quote.input_tokens:.1f}% from cache at best"
         if quote.input_tokens
@@ -200,6 +202,8 @@ _REFUSED = {
     "capacity": "it has no capacity",
     "price": "its currency has no exchange rate",
     "model": "it does not serve the model",
+    "down": "it was down",
+    "failed": "it had failed these requests",
 }
 _PLACEMENT = re.compile(r"placement:(\w+)( \(undeclared\))?")
 _OF_LOTS = re.compile(r" \([\d,]+ of [\d,]+ lots\)$")

@@ -54,9 +54,7 @@ class ConfigError(UsageError):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        where = ":".join(str(part) for part in (self.file, self.line) if part is not None)
-        text = f"{where}: " if where else ""
-        text += f"{self.key}: {self.problem}" if self.key else self.problem
+        text = _located(self.problem, self.key, self.file, self.line)
         if self.expected:
             text += f" (expected {self.expected})"
         if self.nearest:
@@ -74,7 +72,29 @@ def _rebuild_config_error(
 
 
 class InputError(UsageError):
-    """Prompts that are missing, unreadable, truncated or lack a column."""
+    """Prompts that are missing, unreadable, truncated or lack a column.
+
+    ``key`` is the dotted path of the job's key that asked for what is not there, ``file`` and ``line`` (1-based) where
+    it stands; None: no key did, or nobody has looked yet.
+    """
+
+    def __init__(
+        self, problem: str, *, key: str | None = None, file: str | None = None, line: int | None = None
+    ) -> None:
+        self.problem, self.key, self.file, self.line = problem, key, file, line
+        super().__init__(_located(problem, key, file, line))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_input_error, (self.problem, self.key, self.file, self.line)
+
+
+def _rebuild_input_error(problem: str, key: str | None, file: str | None, line: int | None) -> InputError:
+    return InputError(problem, key=key, file=file, line=line)
+
+
+def _located(problem: str, key: str | None, file: str | None, line: int | None) -> str:
+    where = ":".join(str(part) for part in (file, line) if part is not None)
+    return (f"{where}: " if where else "") + (f"{key}: {problem}" if key else problem)
 
 
 class ModelError(UsageError):

@@ -23,7 +23,7 @@ from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.connectors.model_files import prepare_model
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
-from bidbeam.pipelines.job import Job, check_fx, check_keys
+from bidbeam.pipelines.job import Job, check_fx, check_input, check_keys
 from bidbeam.pipelines.known import known_pools
 from bidbeam.pipelines.lease import Lease
 from bidbeam.pipelines.resolving import resolve
@@ -36,7 +36,7 @@ from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
 from bidbeam.transforms.journal import answered_and_failed, sound_segments
 from bidbeam.transforms.region_check import believed
-from bidbeam.transforms.rendering import RenderSpec, check_columns
+from bidbeam.transforms.rendering import RenderSpec
 from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
 
 _RANGE_ROWS = 131_072
@@ -104,7 +104,7 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
         models = prepare_models(job, workers)
         plan = plan_input(job.input, job.storage)
         spec = render_spec(job, plan)
-        check_columns(spec, plan.schema)
+        check_input(job, spec, plan.schema)
         for store in (run_dir, ledger):
             store.probe_create_only()
         facts = model_facts(job, {name: future.result() for name, future in models.items()}, rehearse=rehearse)

@@ -23,6 +23,10 @@ _PARSERS_INTERRUPT = 130
 """What the parser turns a KeyboardInterrupt into; no verb returns it."""
 _RESUMES = "interrupted; the same command resumes"
 _TRACEBACK = "--traceback"
+_EXIT_CODES = (
+    "Exit codes: 0 done; 1 unexpected failure; 2 wrong configuration or usage, nothing spent; 3 done, with more dead "
+    "letters than tolerated; 4 interrupted, the same command resumes."
+)
 
 app = typer.Typer(
     name="bidbeam",
@@ -31,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog=_EXIT_CODES,
 )
 
 
@@ -55,10 +60,10 @@ def _root(
 
 
 app.command("init")(init.init)
-app.command("run")(run.run)
+app.command("run", epilog=_EXIT_CODES)(run.run)
 app.command("quote")(quote.quote)
-app.command("pools")(pools.pools)
-app.command("explain")(explain.explain)
+app.command("pools", short_help="Probe each pool: what it serves, for how much, how fast.")(pools.pools)
+app.command("explain", short_help="Show why a request went where it went, and its cost.")(explain.explain)
 app.add_typer(ledger.app, name="ledger")
 
 

@@ -75,6 +75,22 @@ class Fields:
         key = f"{self.node.key}.{name}" if self.node.key else name
         raise ConfigError("is missing", file=at.file, line=at.line, key=key, expected=expected)
 
+    def need_all(self, expected: Mapping[str, str]) -> None:
+        """Raises ConfigError where one of these entries is absent or null; one error tells of all that are."""
+        missing = [name for name in expected if self.get(name) is None]
+        if len(missing) < 2:
+            for name in missing:
+                self.need(name, expected[name])
+            return
+        first, *others = missing
+        told = "; ".join(f"{name}: {expected[name]}" for name in missing)
+        more = " is " if len(others) == 1 else " are "
+        key = f"{self.node.key}.{first}" if self.node.key else first
+        raise ConfigError(
+            f"is missing, and so{more}{', '.join(others)}",
+            file=self.node.file, line=self.node.line, key=key, expected=told,
+        )  # fmt: skip
+
     def read(self, name: str, reader: Callable[[Node], T], default: T) -> T:
         """What ``reader`` makes of the entry, or the default where it is absent or null."""
         entry = self.get(name)

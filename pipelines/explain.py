@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bidbeam.connectors.errors import UsageError
 from bidbeam.connectors.ledger_reader import no_run, open_ledger
 from bidbeam.connectors.near import nears
+from bidbeam.pipelines.dead_message import dead_message
 from bidbeam.pipelines.explain_text import render_text
 from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
 
@@ -45,6 +46,9 @@ def explain_request(
             other_runs=tuple(str(other["run_id"]) for other in runs if other["run_id"] != run["run_id"]),
             request_id=request_id,
             rows_with_this_id=len(same_id),
+            message=None
+            if request["reason"] is None
+            else dead_message(run, request_id, request["reason"], storage or {}, rehearsals=rehearsals),
             clearings=_clearings(ledger, request, attempts),
             attempts=attempts,
             cost=exact_sum(
@@ -115,7 +119,7 @@ _LOT_FIELDS = ("start", "model", "requests", "input_tokens", "ideal_cached_token
 _AWARD_FIELDS = ("winner", "runner_up", "payment_rule", "price_paid", "reserved")
 
 _RUNS_OF_REQUEST = """
-SELECT runs.run_id, runs.run_date, runs.status
+SELECT runs.run_id, runs.run_date, runs.status, runs.job
 FROM runs
 WHERE runs.run_id IN (SELECT run_id FROM requests WHERE request_id = $1)
 ORDER BY runs.started_at DESC, runs.run_id DESC"""

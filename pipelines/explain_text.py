@@ -7,7 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from bidbeam.pipelines.explanation import Attempt, Bid, Charge, Clearing, Explanation, exact_sum
-from bidbeam.pipelines.show import one_line
+from bidbeam.pipelines.show import one_line, refusal_text
 from bidbeam.transforms.lots import TAKEN_OVER
 
 __all__ = ["render_text"]
@@ -19,7 +19,7 @@ def render_text(explanation: Explanation) -> str:
     for clearing in explanation.clearings:
         lines += ["", *_clearing(clearing)]
     for attempt in explanation.attempts:
-        lines += ["", *_attempt(attempt, explanation.request_id)]
+        lines += ["", *_attempt(attempt, explanation)]
     if not explanation.attempts:
         lines += ["", "No attempt: nothing was sent for it."]
     return "\n".join(map(one_line, lines)) + "\n"
@@ -30,14 +30,15 @@ def _head(it: Explanation) -> Iterator[str]:
     yield f"Request {it.request_id} in run {it.run_id} ({it.run_status})"
     yield f"  {ended}, {_count(len(it.attempts), 'attempt')}, cost {_money(it.cost)}"
     facts = {
-        "row": None if it.source_file is None else f"{it.source_file}, row {it.source_row}",
+        "why": it.message,
+        "row": None if it.source_file is None else f"{it.source_file}, row {it.source_row} (the first is 0)",
         "tenant": it.tenant,
         "placement": it.placement,
         "tags": it.tags if it.tags != "{}" else None,
     }
     yield from (f"  {name}: {value}" for name, value in facts.items() if value is not None)
     if it.shared_with is not None:
-        yield f"  answered together with {it.shared_with}, which paid for both"
+        yield f"  answered together with {it.shared_with}, which paid for both: what follows is its story"
     if it.rows_with_this_id > 1:
         yield f"  {it.rows_with_this_id} rows of the input have this id: the first counts, the others are invalid"
     if it.other_runs:
@@ -58,14 +59,14 @@ def _clearing(it: Clearing) -> Iterator[str]:
         yield from _table(_BID_HEAD, [_bid_cells(bid, it) for bid in offers])
     for bid in it.bids:
         if not bid.eligible:
-            yield f"  {bid.pool} could not bid: {bid.reject_reason or 'no reason given'}"
+            yield f"  {bid.pool} could not bid: {refusal_text(bid.reject_reason or 'no reason given')}"
     yield f"  {_why(it)}"
-    if it.reserve is not None and it.urgency:
+    if it.reserve is not None and it.urgency and it.urgency >= _PRESSING:
         pressing = f"{100 * it.urgency:.1f}% of the time to the deadline gone or needed"
         yield f"  reserve {_money(it.reserve)}, with {pressing}: what the lot was worth rather than see it fail"
     if it.winner is not None:
         yield (
-            f"  paid {_money(it.price_paid)} for the lot ({it.payment_rule or 'no rule'}), "
+            f"  awarded for {_money(it.price_paid)} by {it.payment_rule or 'no rule'}, which is no charge yet; "
             f"{_money(it.reserved)} reserved for the worst case"
         )
 
@@ -91,6 +92,8 @@ def _why(it: Clearing) -> str:
     return f"{it.winner} won: its score is {_money(it.margin)} lower than that of {it.runner_up}, the runner-up"
 
 
+_PRESSING = Decimal("0.0005")
+"""The least urgency that shows."""
 _BID_HEAD = (
     "", "pool", "score", "= expected", "+ risk", "+ lateness", "+ audit", "+ demand", "+ setup", "- exploration",
     "worst case", "cached", "output", "finishes",
@@ -112,15 +115,19 @@ def _bid_cells(bid: Bid, clearing: Clearing) -> tuple[str, ...]:
     )
 
 
-def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
+def _attempt(it: Attempt, of: Explanation) -> Iterator[str]:
     number = "" if it.attempt_no is None else f" {it.attempt_no}"
     took = ""
     if it.started_at is not None and it.finished_at is not None:
         took = f", {(it.finished_at - it.started_at).total_seconds():.3f} s from {_time(it.started_at)}"
     kind = "booked as a hedge: another answered first" if it.kind == "hedge" else it.kind
     yield f"Attempt{number} ({kind}) on {it.pool}: {it.status}{took}"
-    if it.request_id != request_id:
-        yield f"  made for {it.request_id}"
+    asked = _asked_because(it, of)
+    if asked is not None:
+        yield f"  {asked}"
+    shared = it.request_id != of.request_id
+    if shared:
+        yield f"  made for {it.request_id}, which bears its cost"
     said = it.error_message
     if said is not None and it.http_status is not None:
         said = said.removeprefix(f"{it.http_status}: ")
@@ -129,7 +136,7 @@ def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
         yield f"  error: {', '.join(part for part in error if part is not None)}"
     written = "" if it.cache_write_tokens is None else f"{it.cache_write_tokens} written to the cache, "
     cut = ", cut off at max_tokens" if it.finish_reason == "length" else ""
-    if it.input_tokens is None and it.output_tokens is None:
+    if (it.input_tokens, it.cached_tokens, it.output_tokens) == (None, None, None):
         yield f"  tokens: none reported{cut}"
     else:
         yield (
@@ -148,10 +155,31 @@ def _attempt(it: Attempt, request_id: str) -> Iterator[str]:
         "attempt id": it.attempt_id,
     }
     yield f"  {'; '.join(f'{name} {value}' for name, value in facts.items() if value is not None)}"
-    yield from _charges(it.charges)
+    yield from _charges(it.charges, f" to {it.request_id}" if shared else "")
 
 
-def _charges(charges: Sequence[Charge]) -> Iterator[str]:
+def _asked_because(it: Attempt, of: Explanation) -> str | None:
+    """Why another pool than the one that won was asked; None where the winner was, or who won is not known."""
+    won = next((each.winner for each in of.clearings if (each.round, each.lot_id) == (it.round, it.lot_id)), None)
+    if won is None or won == it.pool:
+        return None
+    before = [
+        each for each in of.attempts
+        if (each.round, each.lot_id, each.pool) == (it.round, it.lot_id, won) and _number(each) < _number(it)
+    ]  # fmt: skip
+    if not before:
+        return f"asked because {won}, which had won the lot, gave it up before this request was sent to it"
+    last = before[-1]
+    if last.status == "lost" or last.finished_at is None or it.started_at is None or last.finished_at <= it.started_at:
+        return f"asked because {won}, which had won the lot, had not answered it: {last.status}"
+    return f"asked as well because {won}, which had won the lot, took longer than it mostly does"
+
+
+def _number(it: Attempt) -> int:
+    return it.attempt_no or 0
+
+
+def _charges(charges: Sequence[Charge], whose: str) -> Iterator[str]:
     if not charges:
         yield "  no charge"
         return
@@ -168,7 +196,7 @@ def _charges(charges: Sequence[Charge]) -> Iterator[str]:
         for charge in charges
     ]
     yield from _table(("", "meter", "quantity", "x unit price", "= cost", "x rate", "= USD"), rows)
-    yield f"  together {_money(exact_sum(charge.cost for charge in charges))}"
+    yield f"  together {_money(exact_sum(charge.cost for charge in charges))}{whose and f', charged{whose}'}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

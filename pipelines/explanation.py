@@ -130,10 +130,13 @@ class Explanation:
     """More than 1: the others of the run's input are invalid, because the first one wins."""
     source_file: str | None
     source_row: int | None
+    """Counts from 0."""
     tenant: str | None
     placement: str | None
     status: str
     reason: str | None
+    message: str | None
+    """What the run's dead letters say of it; None where it was served, or they are not to be had."""
     shared_with: str | None
     cost: Decimal | None
     tags: str | None

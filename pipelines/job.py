@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bidbeam.connectors.errors import ConfigError
+from bidbeam.connectors.errors import ConfigError, InputError
 from bidbeam.connectors.pools import ModelSpec, PoolSpec
 from bidbeam.pipelines.jsonable import jsonable
 from bidbeam.pipelines.terms import AuctionSpec, BaselineSpec, Deadline, FxRate, FxSource, PriceSource, Tolerance
-from bidbeam.transforms.rendering import PromptSpec
+from bidbeam.transforms.rendering import PromptSpec, RenderSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _AUCTION = AuctionSpec()
 _NO_DEAD = Tolerance()
@@ -123,6 +126,21 @@ class Job:
             at = at.rpartition(".")[0]
         file, line = self.lines.get(at, (None, None))
         return ConfigError(problem, file=file, line=line, key=key, expected=expected, nearest=nearest)
+
+
+def check_input(job: Job, spec: RenderSpec, schema: pa.Schema) -> None:
+    """Whether the input has the columns that the job names. Raises InputError or ConfigError at the job's line."""
+    from bidbeam.transforms.rendering import check_columns
+
+    try:
+        check_columns(spec, schema)
+    except InputError as error:
+        if error.key is None:
+            raise
+        at = job.fault(error.key, error.problem)
+        raise InputError(error.problem, key=at.key, file=at.file, line=at.line) from None
+    except ConfigError as error:
+        raise job.fault(error.key or "", error.problem, expected=error.expected, nearest=error.nearest) from None
 
 
 def check_keys(job: Job) -> None:

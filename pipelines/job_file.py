@@ -46,6 +46,13 @@ KEYS = (
     "name", "input", "output", "ledger", "model", "prompt", "sampling", "budget", "deadline", "timezone", "placement",
     "auction", "baseline", "tolerate", "pools", "models", "fx", "tags", "storage",
 )  # fmt: skip
+_NEEDED = {
+    "name": "a name for the run",
+    "input": "a path, a glob, a URL or a list of them",
+    "output": "a directory",
+    "ledger": "a directory",
+    "pools": "the path of a pools file, or a list of pools",
+}
 _CLOCK = re.compile(r"([01]\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?", re.ASCII)
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_ -]+)\}")
 
@@ -55,7 +62,7 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
     root, pools, pools_directory = _trees(path, overrides)
     directory = str(path.resolve().parent)
     fields = Fields(root, KEYS)
-    name = slug_of(fields.need("name", "a name for the run"))
+    name = slug_of(fields.need("name", _NEEDED["name"]))
     timezone = fields.read("timezone", _timezone, "UTC")
     day = run_date or now.astimezone(ZoneInfo(timezone)).date()
     bought = pools_file.read_pools(pools["pools"], pools.get("models"), pools.get("fx"), pools_directory)
@@ -63,9 +70,9 @@ def read_job(path: Path, *, run_date: date | None, overrides: Sequence[str], now
     job = Job(
         name=name,
         run_date=day,
-        input=_inputs(fields.need("input", "a path, a glob, a URL or a list of them"), day, directory),
-        output=_directory(fields.need("output", "a directory"), directory),
-        ledger=_directory(fields.need("ledger", "a directory"), directory),
+        input=_inputs(fields.need("input", _NEEDED["input"]), day, directory),
+        output=_directory(fields.need("output", _NEEDED["output"]), directory),
+        ledger=_directory(fields.need("ledger", _NEEDED["ledger"]), directory),
         model=model,
         prompt=fields.read("prompt", _prompt, PromptSpec()),
         sampling=fields.read("sampling", _sampling, {}),
@@ -104,20 +111,22 @@ def _trees(path: Path, overrides: Sequence[str]) -> tuple[Node, dict[str, Node],
     """The job's tree, the nodes of pools, models and fx, and where the paths in those start."""
     root = load(path)
     if root.kind != "map":
-        raise fault(root, f"is {shown(root)}", "a mapping: a job file")
+        raise fault(root, _no_job(root), f"a job file with {', '.join(_NEEDED)}; bidbeam init DIR writes one")
     refuse_secrets(root)
     read = [read_override(text) for text in overrides]
     for override in read:
         if override.parts[0] not in pools_file.SECTIONS or len(override.parts) == 1:
             root = apply(root, override)
-    named = Fields(root, KEYS).need("pools", "the path of a pools file, or a list of pools")
+    keys = Fields(root, KEYS)
+    keys.need_all(_NEEDED)
+    named = keys.need("pools", _NEEDED["pools"])
     if named.kind != "scalar":
         sections = {name: root.entries[name] for name in pools_file.SECTIONS if name in root.entries}
         tree, directory = Node("map", root.file, root.line, "", entries=sections), path.resolve().parent
     else:
         file = path.parent / Path(text_of(named)).expanduser()
         if not is_kind(file, Path.is_file):
-            raise fault(named, f"there is no file {str(file)!r}", "the path of a pools file, or a list of pools")
+            raise fault(named, f"there is no file {str(file)!r}", _NEEDED["pools"])
         tree, directory = load(file), file.resolve().parent
         refuse_secrets(tree)
         for name in ("models", "fx"):
@@ -126,9 +135,17 @@ def _trees(path: Path, overrides: Sequence[str]) -> tuple[Node, dict[str, Node],
     for override in read:
         if override.parts[0] in pools_file.SECTIONS and len(override.parts) > 1:
             tree = apply(tree, override)
+    if tree.kind != "map":
+        raise fault(
+            tree, _no_job(tree), f"a pools file with {', '.join(pools_file.SECTIONS)}; bidbeam init DIR writes one"
+        )
     fields = Fields(tree, pools_file.SECTIONS)
     fields.need("pools", "a list of pools")
     return root, {name: entry for name, entry in tree.entries.items() if not entry.is_null}, str(directory)
+
+
+def _no_job(root: Node) -> str:
+    return "is empty" if root.is_null else f"is {shown(root)}"
 
 
 def _inputs(node: Node, day: date, directory: str) -> tuple[str, ...]:

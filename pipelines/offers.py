@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import METERS, PoolSpec
+from bidbeam.pipelines.progress import usd
 from bidbeam.pipelines.summary import QuotePool
 from bidbeam.transforms.reputation import Reputation
 from bidbeam.transforms.run_context import RunContext
@@ -26,11 +28,24 @@ _PPM = 1_000_000
 
 def offers(context: RunContext, decision: Decision) -> tuple[QuotePool, ...]:
     """A row for each pool of the job, in the job's order."""
-    awards, bids = decision.tables["awards"], decision.tables["bids"]
-    return tuple(
-        _offer(context, spec, _of(awards, spec.name), _of(bids, spec.name), decision.tables["lots"], bool(len(awards)))
-        for spec in context.pools
-    )
+    awards, bids, lots = decision.tables["awards"], decision.tables["bids"], decision.tables["lots"]
+    reasons = {
+        reason for left in (decision.waiting, decision.refused) for reason in _texts(left, "last_error") if reason
+    }
+    beaten = "others bid less" if len(awards) else ", ".join(("no lot was awarded", *sorted(reasons)))
+    poor = context.max_cost if not len(awards) and "budget" in reasons else None
+    found = []
+    for spec in context.pools:
+        mine, offered = _of(awards, spec.name), _of(bids, spec.name)
+        why_not = None if mine.num_rows else _why_not(offered, poor, beaten)
+        found.append(replace(_offer(context, spec, mine, offered, lots), why_not=why_not))
+    return tuple(found)
+
+
+def least_budget(bids: pa.Table) -> Decimal:
+    """USD that it takes to reserve every lot that anybody may serve, each at the pool where it may cost least."""
+    worst = bids.filter(bids.column("eligible")).select(["lot_id", "worst_case_cost"])
+    return sum_decimal(worst.group_by("lot_id").aggregate([("worst_case_cost", "min")]).column("worst_case_cost_min"))
 
 
 def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]:
@@ -104,9 +119,7 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
     return min(total, context.max_cost)
 
 
-def _offer(
-    context: RunContext, spec: PoolSpec, mine: pa.Table, offered: pa.Table, lots: pa.Table, others: bool
-) -> QuotePool:
+def _offer(context: RunContext, spec: PoolSpec, mine: pa.Table, offered: pa.Table, lots: pa.Table) -> QuotePool:
     won = mine.column("lot_id").combine_chunks()
     may = offered.filter(offered.column("eligible"))
     known = [context.known[spec.name, model] for model in spec.models if (spec.name, model) in context.known]
@@ -120,7 +133,6 @@ def _offer(
         expected_cost=sum_decimal(mine.column("price_paid")),
         worst_case_cost=sum_decimal(mine.column("reserved")),
         finish_s=_finish_s(context, spec, won, lots) if mine.num_rows else None,
-        why_not=None if mine.num_rows else _why_not(offered, others),
         capacity=capacity_text(spec, seen.tokens_per_second),
         asks=sum_decimal(may.column("expected_cost")) if may.num_rows else None,
         asks_lots=may.num_rows,
@@ -160,12 +172,17 @@ def _state(context: RunContext, spec: PoolSpec) -> PoolState:
     return next(each for each in pool_states(context, context.started_at) if each.spec.name == spec.name)
 
 
-def _why_not(offered: pa.Table, others: bool) -> str:
+def _why_not(offered: pa.Table, poor: Decimal | None, beaten: str) -> str:
+    """Why a pool was awarded nothing; ``poor`` is the budget where that covers no lot at all."""
+    may = offered.filter(offered.column("eligible"))
+    if poor is not None and may.num_rows:
+        least = usd(pc.min(may.column("worst_case_cost")).as_py())
+        return f"the budget of {usd(poor)} covers no lot: one reserves {least} or more"
     reasons = [reason for reason in _texts(offered, "reject_reason") if reason]
     if reasons:
         reason, count = Counter(reasons).most_common(1)[0]
         return f"{reason} ({count} of {offered.num_rows} lots)" if count < offered.num_rows else reason
-    return "others bid less" if others else "no lot was awarded"
+    return beaten
 
 
 def capacity_text(spec: PoolSpec, measured: float | None) -> str:

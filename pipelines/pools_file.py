@@ -47,6 +47,12 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "batch": _REMOTE,
     "lease": (*_REMOTE, "engine"),
 }
+_NEEDED = {
+    "name": "a name for the pool",
+    "kind": " or ".join(KINDS),
+    "models": "the models that it serves: a list of names, or a mapping to its own names",
+    "price": "what it costs",
+}
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _ANY_KEY = tuple(dict.fromkeys(key for keys in _KEYS.values() for key in keys))
 
@@ -132,14 +138,13 @@ def _pool(
     node: Node, declared: Mapping[str, ModelSpec] | None, fx: Mapping[str, Decimal | None], directory: str
 ) -> tuple[PoolSpec, PriceSource | None]:
     fields = Fields(node, _ANY_KEY)
-    name = slug_of(fields.need("name", "a name for the pool"))
+    fields.need_all(_NEEDED)
+    name = slug_of(fields.need("name", _NEEDED["name"]))
     kind = _kind(fields)
     for key in fields.node.entries:
         if key not in _KEYS[kind]:
             raise fault(fields.node.entries[key], f"does not belong to a pool of kind {kind}", ", ".join(_KEYS[kind]))
-    models, answers_as = _served(
-        fields.need("models", "the models that it serves: a list of names, or a mapping to its own names"), declared
-    )
+    models, answers_as = _served(fields.need("models", _NEEDED["models"]), declared)
     if kind == "vllm":
         _check_sources(fields, models, declared)
         if answers_as:
@@ -147,7 +152,7 @@ def _pool(
     profile = _profile(fields)
     capacity = fields.read("capacity", _capacity, Capacity())
     price, source = read_price(
-        fields.need("price", "what it costs"),
+        fields.need("price", _NEEDED["price"]),
         name,
         fx,
         by_hour=kind in ("vllm", "lease"),
@@ -237,7 +242,7 @@ def _labels(name: str | None, options: Mapping[str, Any], base_url: str | None) 
 
 
 def _kind(fields: Fields) -> PoolKind:
-    node = fields.need("kind", " or ".join(KINDS))
+    node = fields.need("kind", _NEEDED["kind"])
     text = node.text if node.kind == "scalar" else ""
     for kind in KINDS:
         if text == kind:

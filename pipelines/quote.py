@@ -17,12 +17,11 @@ from bidbeam.connectors.inputs import plan_input
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.store import Store
 from bidbeam.pipelines.begin import make_context, model_facts, places, prepare_models, render_spec
-from bidbeam.pipelines.job import Job, check_fx
+from bidbeam.pipelines.job import Job, check_fx, check_input
 from bidbeam.pipelines.known import known_pools
-from bidbeam.pipelines.offers import expected_bill, offers, worst_bill
+from bidbeam.pipelines.offers import expected_bill, least_budget, offers, worst_bill
 from bidbeam.pipelines.resolving import resolve
 from bidbeam.pipelines.summary import Quote
-from bidbeam.transforms.rendering import check_columns
 from bidbeam.transforms.run_context import RunContext
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def quote_job(job: Job, *, rehearse: bool = False, now: datetime | None = None) 
         models = prepare_models(job, workers)
         plan = plan_input(job.input, job.storage)
         spec = render_spec(job, plan)
-        check_columns(spec, plan.schema)
+        check_input(job, spec, plan.schema)
         facts = model_facts(job, {name: future.result() for name, future in models.items()}, rehearse=True)
         context = make_context(
             job, plan, spec, facts, Store.at(scratch), Store.at(f"{scratch}/ledger"), started_at,
@@ -150,6 +149,7 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
         pools=pools,
         lots=lots.num_rows,
         unserved=dict(unserved),
+        needed=least_budget(bids) if unserved["budget"] else None,
         lp_bound=auction["lp_bound"],
         regret=auction["regret"],
         payment=context.payment,

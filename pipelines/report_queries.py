@@ -93,6 +93,11 @@ WHERE status = 'ok' AND request_id IS NOT NULL AND finished_at >= started_at AND
 GROUP BY pool, model
 ORDER BY answers DESC, pool, model"""
 
+SPAN = """
+SELECT epoch_us(min(started_at)) AS first_us, epoch_us(max(finished_at)) AS last_us
+FROM attempts
+WHERE status = 'ok' AND request_id IS NOT NULL AND run_id = $1"""
+
 TIMELINE = """
 WITH answered AS (
     SELECT pool, epoch_us(finished_at) AS moment, input_tokens + output_tokens AS tokens

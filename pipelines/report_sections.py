@@ -41,6 +41,7 @@ from bidbeam.pipelines.report_cells import (
     usd_cell,
 )
 from bidbeam.pipelines.report_charts import COLOURS, spread, stacked
+from bidbeam.pipelines.show import duration_text
 
 if TYPE_CHECKING:
     import duckdb
@@ -284,22 +285,25 @@ def _latencies(row: Row, whole: float, colour: int) -> Markup:
 
 
 def _timeline(ledger: duckdb.DuckDBPyConnection, run: Row, colours: Mapping[str, int]) -> Chart | None:
-    found = _rows(ledger, ask.TIMELINE, run["run_id"], _BUCKETS)
+    # No step is shorter than a second: of a few answers in a moment no speed can be told.
+    (span,) = _rows(ledger, ask.SPAN, run["run_id"])
+    steps = min(_BUCKETS, max(1, int((span["last_us"] - span["first_us"]) // 1_000_000))) if span["last_us"] else 1
+    found = _rows(ledger, ask.TIMELINE, run["run_id"], steps)
     if not found:
         return None
-    series = {name: [0.0] * _BUCKETS for name in colours}
+    series = {name: [0.0] * steps for name in colours}
     for row in found:
         series[str(row["pool"])][int(row["bucket"])] += float(row["tokens"] or 0)
     first, last = int(found[0]["first_us"]), int(found[0]["last_us"])
-    bucket_s = max(last - first, 1) / 1e6 / _BUCKETS
-    top = max(map(sum, zip(*series.values(), strict=True))) / bucket_s
+    step_s = max((last - first) / 1e6 / steps, 1.0)
+    top = max(map(sum, zip(*series.values(), strict=True))) / step_s
     return Chart(
-        "Tokens per second of the answers, as they came",
+        f"Tokens per second of the answers as they came, in steps of {duration_text(step_s)}",
         stacked(list(series.values())),
         tuple((name, at % COLOURS) for name, at in colours.items()),
         f"{datetime.fromtimestamp(first / 1e6, UTC):%H:%M:%S} UTC",
         f"{datetime.fromtimestamp(last / 1e6, UTC):%H:%M:%S} UTC",
-        f"{top:,.0f} tokens/s",
+        f"at most {top:,.0f} tokens/s",
     )
 
 

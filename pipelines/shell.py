@@ -128,6 +128,8 @@ class Shell:
             self._answer(f"SELECT column_name, column_type FROM (DESCRIBE {_quoted(arguments[0])})", None)  # noqa: S608
         elif name == ".format" and len(arguments) == 1 and arguments[0] in FORMATS:
             self._format = arguments[0]
+        elif name == ".format":
+            self._fail(f".format takes one of {', '.join(FORMATS)}")
         elif name == ".help":
             self._write(_HELP)
         else:

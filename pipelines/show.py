@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -94,6 +95,8 @@ def quote_text(quote: Quote) -> str:
     """A quote: the market, a row per pool, what earlier runs showed of them, then the totals against the terms."""
     about = " (estimates: a model's tokenizer is not known)" if quote.estimated else ""
     rows = [("prompts", f"{quote.requests:,}" + (f", {quote.dead_invalid:,} invalid" if quote.dead_invalid else ""))]
+    if quote.dead_invalid:
+        rows.append(("invalid", "its dead letters will say why; --rehearse writes them too, for nothing"))
     share = (
         f", {100 * quote.ideal_cached_tokens / quote.input_tokens:.1f}% from cache at best"
         if quote.input_tokens
@@ -101,7 +104,7 @@ def quote_text(quote: Quote) -> str:
     )
     rows.append(("input tokens", f"{quote.input_tokens:,}{about}{share}"))
     if quote.unserved:
-        rows.append(("unserved", counts(quote.unserved)))
+        rows.append(("unserved", counts(quote.unserved) + _needed_text(quote)))
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
     if quote.reserved_cost is not None:
         rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
@@ -113,10 +116,15 @@ def quote_text(quote: Quote) -> str:
         rows.append(("payment", f"{quote.payment}: {_rent_text(quote)}"))
     if quote.finish_at is not None:
         rows.append(("finish", f"{quote.finish_at:%Y-%m-%d %H:%M:%S %Z}" + _against_deadline(quote)))
-    elif quote.deadline_at is not None:
+    elif any(each.lots for each in quote.pools):
+        rows.append(
+            ("finish", "not known: nobody declares or has shown the speed (tokens_per_second) of a pool that won")
+        )
+    if quote.finish_at is None and quote.deadline_at is not None:
         rows.append(("deadline", f"{quote.deadline_at:%Y-%m-%d %H:%M:%S %Z}"))
     rows.append(("run", quote.run_id))
-    heads = ("pool", "price", "capacity", "asks", "lots", "requests", "expected", "reserved", "finish", "why not")
+    heads = ("pool", "price", "capacity", "bid for all", "lots won", "requests", "expected cost", "reserved", "finish",
+             "why not")  # fmt: skip
     body = [
         (
             each.pool,
@@ -128,7 +136,7 @@ def quote_text(quote: Quote) -> str:
             usd(each.expected_cost),
             usd(each.worst_case_cost),
             "" if each.finish_s is None else duration_text(each.finish_s),
-            each.why_not or "",
+            refusal_text(each.why_not or ""),
         )
         for each in quote.pools
     ]
@@ -136,6 +144,12 @@ def quote_text(quote: Quote) -> str:
     if any(each.answers for each in quote.pools):
         parts.insert(1, _seen_text(quote))
     return "\n\n".join(parts)
+
+
+def _needed_text(quote: Quote) -> str:
+    if quote.needed is None or quote.budget is None:
+        return ""
+    return f"; the budget of {usd(quote.budget)} must be at least {usd(quote.needed)} for every lot to be reserved"
 
 
 def _rent_text(quote: Quote) -> str:
@@ -192,6 +206,30 @@ def _against_deadline(quote: Quote) -> str:
 def counts(numbers: Mapping[str, int]) -> str:
     """Counts by name, the largest first."""
     return ", ".join(f"{n:,} {name}" for name, n in sorted(numbers.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+_REFUSED = {
+    "deadline": "it would be done after the deadline",
+    "too_long": "a request is longer than its context",
+    "capacity": "it has no capacity",
+    "price": "its currency has no exchange rate",
+    "model": "it does not serve the model",
+    "down": "it was down",
+    "failed": "it had failed these requests",
+}
+_PLACEMENT = re.compile(r"placement:(\w+)( \(undeclared\))?")
+_OF_LOTS = re.compile(r" \([\d,]+ of [\d,]+ lots\)$")
+
+
+def refusal_text(reason: str) -> str:
+    """Why a pool could not bid, in words; what is no reason of the ledger's stays as it is."""
+    lots = found[0] if (found := _OF_LOTS.search(reason)) else ""
+    bare = reason.removesuffix(lots)
+    if (label := _PLACEMENT.fullmatch(bare)) is not None:
+        told = "declares no" if label[2] else "declares a"
+        asked = "and the job asks for one" if label[2] else "that the job does not allow"
+        return f"its placement {told} {label[1]}{',' if label[2] else ''} {asked}{lots}"
+    return f"{_REFUSED.get(bare, bare)}{lots}"
 
 
 def _count(number: int | None) -> str:

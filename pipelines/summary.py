@@ -127,6 +127,8 @@ class Quote:
     """What the awards reserve: every request answered once, nothing cached, every answer at its full length."""
     unserved: Mapping[str, int] = field(default_factory=dict)
     """Requests that no pool would take, by reason."""
+    needed: Decimal | None = None
+    """The least budget under which every lot could be reserved; None: it is not the budget that leaves some out."""
     lp_bound: Decimal | None = None
     regret: Decimal | None = None
     payment: str = "pay_as_bid"

@@ -26,6 +26,8 @@ from bidbeam.pipelines.verify_rules import PUBLISHED, RULES, SEEN_PLACES, Rule
 if TYPE_CHECKING:
     import duckdb
 
+OUTPUTS = "outputs of "
+"""What the names of checks of a run's outputs begin with."""
 _ENDED = ("complete", "incomplete")
 _WITH_OUTPUTS = """
     SELECT run_id, run_date, status, requests, served, dead, cost, job FROM runs
@@ -147,7 +149,7 @@ def _check_outputs(
     """The outputs of every run that has ended, where they stand and can be read; why not is noted in ``skipped``."""
     for run in _rows(ledger, _WITH_OUTPUTS):
         if run["status"] not in _ENDED:
-            skipped[f"outputs of {run['run_id']}"] = f"the run is {run['status']}"
+            skipped[f"{OUTPUTS}{run['run_id']}"] = f"the run is {run['status']}"
             continue
         try:
             job = json.loads(run["job"] or "{}")
@@ -157,7 +159,7 @@ def _check_outputs(
                 ledger, run, output.child(f"run_date={run['run_date']}", f"run_id={run['run_id']}")
             )
         except (BidbeamError, OSError, ValueError, KeyError, TypeError) as error:
-            skipped[f"outputs of {run['run_id']}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            skipped[f"{OUTPUTS}{run['run_id']}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_outputs_of(ledger: duckdb.DuckDBPyConnection, run: Mapping[str, Any], run_dir: Store) -> Iterator[Check]:
@@ -174,14 +176,14 @@ def _check_outputs_of(ledger: duckdb.DuckDBPyConnection, run: Mapping[str, Any],
     ]
     yield _check_manifest(run, manifest, files)
     found, readable = check_files(run_dir, files)
-    yield Check(f"outputs of {run_id}: files", found.says, found.checked, found.failed, found.faults)
+    yield Check(f"{OUTPUTS}{run_id}: files", found.says, found.checked, found.failed, found.faults)
     served = [part for part in files if part.table == "outputs" and part.path in readable]
     ledger.register("read_once", pa.RecordBatchReader.from_batches(_PUBLISHED, _costs(run_dir, served)))
     ledger.execute("CREATE OR REPLACE TEMP TABLE published AS FROM read_once")
     ledger.unregister("read_once")
     ledger.execute("SET VARIABLE run_id = $1", [run_id])
-    says = "every output's cost is that of its request, and every served request has one output"
-    yield _check_query(ledger, f"outputs of {run_id}: cost", says, sum(part.rows for part in served), PUBLISHED)
+    says = "every row's cost is that of its request, and every served request has one row"
+    yield _check_query(ledger, f"{OUTPUTS}{run_id}: cost", says, sum(part.rows for part in served), PUBLISHED)
 
 
 _PUBLISHED = pa.schema([("request_id", pa.string()), ("cost", TABLES["requests"].field("cost").type)])
@@ -208,8 +210,8 @@ def _check_manifest(run: Mapping[str, Any], manifest: Mapping[str, Any], files: 
         "rows of dead letters": (rows["dead_letters"], run["dead"]),
     }
     faults = tuple({"what": what, "manifest": a, "ledger": b} for what, (a, b) in pairs.items() if a != b)
-    says = "the output's manifest says what the ledger says of the run"
-    return Check(f"outputs of {run['run_id']}: manifest", says, len(pairs), len(faults), faults)
+    says = "the manifest says what the ledger says of the run"
+    return Check(f"{OUTPUTS}{run['run_id']}: manifest", says, len(pairs), len(faults), faults)
 
 
 def _rows(ledger: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list[dict[str, Any]]:
@@ -225,7 +227,16 @@ def verification_text(found: Verification) -> str:
     """A row per check, then the first rows at fault of each that failed, and what was not looked at."""
     from bidbeam.pipelines.show import aligned, cell_text, one_line, table_text
 
-    body = [(check.says, f"{check.checked:,}", f"{check.failed:,}" if check.failed else "-") for check in found.checks]
+    # What is checked for the outputs of each run is one row for all of them.
+    sums: dict[tuple[bool, str], tuple[int, int]] = {}
+    for check in found.checks:
+        key = check.name.startswith(OUTPUTS), check.says
+        checked, failed = sums.get(key, (0, 0))
+        sums[key] = checked + check.checked, failed + check.failed
+    body = [
+        (f"of outputs: {says}" if of_outputs else says, f"{checked:,}", f"{failed:,}" if failed else "-")
+        for (of_outputs, says), (checked, failed) in sums.items()
+    ]
     lines = [table_text(("what must hold", "checked", "at fault"), body, right=(1, 2)), ""]
     for check in found.checks:
         if check.failed:
@@ -242,7 +253,7 @@ def verification_text(found: Verification) -> str:
             [
                 ("ledger", found.ledger),
                 ("runs", f"{len(found.runs):,}"),
-                ("files", f"{found.files:,}, {found.size_bytes:,} bytes"),
+                ("files", f"{found.files:,} of the ledger, {found.size_bytes:,} bytes"),
                 ("result", "everything adds up" if found.ok else f"{failed} of {len(found.checks)} checks failed"),
             ]
         )

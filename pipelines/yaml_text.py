@@ -98,10 +98,15 @@ def parse(text: str, file: str, *, key: str = "", located: bool = True) -> Node:
     try:
         return _Builder(YAML(typ="safe", pure=True).parse(text), file, located).document(key)
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = " ".join(part for part in (error.context, error.problem) if part) or "not YAML"
+        mark, begun = error.problem_mark or error.context_mark, error.context_mark
+        # What was begun and never ended stands where it was begun, which may be far above.
+        where = (
+            f" that begins on line {begun.line + 1}" if located and begun and mark and begun.line != mark.line else ""
+        )
+        problem = " ".join(part for part in (error.context and f"{error.context}{where},", error.problem) if part)
+        tab = "; indent with spaces" if "'\\t'" in problem else ""
         line = mark.line + 1 if mark is not None and located else None
-        raise ConfigError(f"not YAML: {problem}", file=file, line=line, key=key or None) from None
+        raise ConfigError(f"not YAML: {problem}{tab}", file=file, line=line, key=key or None) from None
     except (YAMLError, ValueError):
         raise ConfigError("not YAML: it holds characters that no text has", file=file, key=key or None) from None
 

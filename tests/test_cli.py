@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,11 +93,33 @@ def test_init_writes_what_run_reads(cli: Cli, tmp_path: Path) -> None:
     job = Job.from_yaml(home / "job.yaml")
     check_keys(job)
     assert code == 0
-    assert f"next: bidbeam run {home}/job.yaml --rehearse" in out
+    assert f"next: bidbeam run {shlex.quote(f'{home}/job.yaml')} --rehearse" in out
     assert (job.name, job.placement["zdr"]) == ("my-first-run", True)
     prompts = pq.read_table(home / "prompts" / "sample.parquet")
     assert {"request_id", "prompt"} == set(prompts.column_names)
     assert prompts.num_rows > 0
+
+
+def test_what_init_writes_names_every_key(tmp_path: Path) -> None:
+    """Whatever a job or pools file may say stands in the one that is written, be it in a comment."""
+    from bidbeam.pipelines import baselines, fx, job_file, pools_file, price_sources, prices, terms
+    from bidbeam.transforms import placement, sampling
+
+    job = write_starter(str(tmp_path))[0]
+    of_job = {
+        *job_file.KEYS, *placement.CONSTRAINTS, *sampling.KEYS, *terms.AuctionSpec.__slots__, "id", "column",
+        "template", "system", "format", "tenant", "max_cost", "dead",
+        *set(baselines._KEYS) - {"cache_write", "request"},
+    }  # fmt: skip
+    of_pools = {
+        *pools_file.SECTIONS, *pools_file._ANY_KEY, *placement.LABELS, *prices.TOKEN_KEYS, *price_sources._KEYS,
+        *fx._FETCHED, "source", "trust_remote_code", "answers_as", "tokens_per_second", "workers", "accelerator_hour",
+        "currency", "valid_from", "valid_to", "demand", "least", "most", "rate", "at",
+    }  # fmt: skip
+    words = {name: set(re.findall(r"[a-z_]+", (tmp_path / name).read_text())) for name in ("job.yaml", "pools.yaml")}
+    assert of_job <= words["job.yaml"]
+    assert of_pools <= words["pools.yaml"]
+    assert Job.from_yaml(job).max_cost == 1
 
 
 def test_what_init_writes_rehearses_at_once(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from small_jobs import by_the_hour, make_job, prompts, remote
 from small_ledger import DAY_A, NOON, A, B, request, run_row, write_run, write_small_ledger
@@ -185,3 +187,34 @@ def test_why_the_winner_won_is_said(ledger: str, clearing: Clearing, says: str) 
     found = explain_request(ledger, "r4")
     fields = {name: getattr(found, name) for name in Explanation.__slots__}
     assert says in render_text(Explanation(**{**fields, "clearings": (clearing,)}))
+
+
+def test_a_second_pool_is_asked_for_a_reason(ledger: str) -> None:
+    """The winner failed, or was slow, or gave the lot up before it came to the request."""
+    found = explain_request(ledger, "r2")
+    first, second = found.attempts
+    assert "asked" not in render_text(found)  # each stands in a round that its pool won
+    there = replace(second, round=first.round, lot_id=first.lot_id)
+    text = render_text(replace(found, attempts=(first, there)))
+    assert text.count("asked") == 1
+    assert "asked because chutes, which had won the lot, had not answered it: failed" in text
+    soon = replace(there, started_at=first.started_at)
+    hedged = render_text(replace(found, attempts=(first, soon)))
+    assert "asked as well because chutes, which had won the lot, took longer than it mostly does" in hedged
+    alone = render_text(replace(found, attempts=(there,)))
+    assert "asked because chutes, which had won the lot, gave it up before this request was sent to it" in alone
+
+
+def test_a_row_that_died_says_why(tmp_path: Path) -> None:
+    """The message of its dead letter is told while that is to be had; without it the reason stands alone."""
+    rows = pa.table({"id": ["a", "b"], "prompt": ["fine", None]})
+    job = make_job(tmp_path, rows, [remote("near")])
+    run(job, rehearse=True)
+    found = explain_request(job.ledger, "b", rehearsals=True)
+    assert found.message == "column 'prompt': the prompt is null or empty"
+    assert "\n  why: column 'prompt': the prompt is null or empty\n" in render_text(found)
+    assert found.to_json()["message"] == found.message
+    assert explain_request(job.ledger, "a", rehearsals=True).message is None
+    shutil.rmtree(job.output)
+    gone = explain_request(job.ledger, "b", rehearsals=True)
+    assert (gone.reason, gone.message) == ("invalid", None)

@@ -118,7 +118,7 @@ def test_prices_and_pools_may_stand_in_the_job_itself(home: Path) -> None:
         (
             "max_tokens: 128",
             "max_tokens: 0",
-            "job.yaml:7: sampling.max_tokens: is '0' (expected a whole number from 1)",
+            "job.yaml:7: sampling.max_tokens: is '0' (expected a whole number from 1 to 2147483647)",
         ),
         ("25.00", "lots", "job.yaml:8: budget.max_cost: is 'lots' (expected USD such as \"25.00\")"),
         ("25.00", "-1", "budget.max_cost: is negative: '-1'"),

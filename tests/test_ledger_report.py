@@ -138,6 +138,14 @@ def test_every_chapter_says_what_the_views_say(ledger: str, tmp_path: Path) -> N
     assert (rate["currency"], rate["dollars for one"]) == ("TAO", "401.5")
 
 
+def test_the_speed_is_told_of_whole_seconds(ledger: str, tmp_path: Path) -> None:
+    """Answers that came within a moment make no peak: no step of the plot is shorter than a second."""
+    text, _ = page_of(ledger, tmp_path, run_id=B)
+    # One answer that took no time at all, of 1,064 tokens in and 200 out.
+    assert "Tokens per second of the answers as they came, in steps of 1.0 s" in text
+    assert "at most 1,264 tokens/s" in text
+
+
 def test_a_report_of_one_run_holds_nothing_of_another(ledger: str, tmp_path: Path) -> None:
     """With a run's id the page is about that run; an unknown id is refused with the nearest."""
     text, page = page_of(ledger, tmp_path, run_id=A)

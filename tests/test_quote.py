@@ -22,9 +22,10 @@ from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.stand_in import StandIn
 from bidbeam.pipelines.cli import invoke
 from bidbeam.pipelines.job import Job
+from bidbeam.pipelines.progress import usd
 from bidbeam.pipelines.quote import quote_job
 from bidbeam.pipelines.run import run
-from bidbeam.pipelines.show import quote_text
+from bidbeam.pipelines.show import quote_text, refusal_text
 from bidbeam.transforms import engines
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.retrying import CHARGED_TRIES
@@ -99,6 +100,13 @@ def test_a_quote_says_what_nobody_would_take(tmp_path: Path) -> None:
     poor = quote_job(make_job(tmp_path, rows, [remote("near")], budget={"max_cost": "0"}))
     assert dict(poor.unserved) == {"no_eligible_pool": 1, "budget": 2}
     assert poor.worst_case_cost == 0
+    # The two rows with a pool reserve what they cost at full length.
+    assert poor.needed == quote.reserved_cost
+    assert poor.pools[0].why_not == f"the budget of $0.00 covers no lot: one reserves {usd(poor.needed)} or more"
+    assert f"2 budget, 1 no_eligible_pool; the budget of $0.00 must be at least {usd(poor.needed)} for" in quote_text(
+        poor
+    )
+    assert quote.needed is None
     assert quote_job(make_job(tmp_path / "none", rows.slice(0, 1), [remote("near")])).lots == 0
 
 
@@ -258,6 +266,25 @@ def test_after_one_run_a_quote_of_an_engine_by_the_hour_is_within_a_tenth(
     assert own.tokens_per_second == pytest.approx(200, rel=0.01)
     # It says when it is done, loading included.
     assert own.finish_s == pytest.approx(15 + float(bill.cost) * 3600 / 0.71 - 16.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [
+        ("placement:zdr (undeclared)", "its placement declares no zdr, and the job asks for one"),
+        (
+            "placement:jurisdiction (1 of 2 lots)",
+            "its placement declares a jurisdiction that the job does not allow (1 of 2 lots)",
+        ),
+        ("too_long", "a request is longer than its context"),
+        ("others bid less", "others bid less"),
+        ("jurisdiction US is not in [DE, EEA]", "jurisdiction US is not in [DE, EEA]"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_told_in_words(reason: str, says: str) -> None:
+    """The ledger's reasons become sentences; what is one stays."""
+    assert refusal_text(reason) == says
 
 
 def test_a_quote_prints_the_market(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.errors import ConfigError, InputError
 from bidbeam.connectors.inputs import is_json_text, is_openai_batch
+from bidbeam.connectors.near import near
 from bidbeam.transforms.chat import BadMessages, Message, normalise
 from bidbeam.transforms.prompt_template import PromptTemplate, TemplateProblem, compile_template
 from bidbeam.transforms.row_values import UNREADABLE, is_text, python_values, readable_text
@@ -84,9 +84,8 @@ def check_prompt_columns(spec: PromptSpec, schema: pa.Schema) -> None:
         if name is not None:
             _require(key, name, schema)
             if pa.types.is_nested(schema.field(name).type):
-                raise InputError(
-                    f"prompt.{key}: column {name!r} is {schema.field(name).type}; expected text or a number"
-                )
+                problem = f"column {name!r} is {schema.field(name).type}; expected text or a number"
+                raise InputError(problem, key=f"prompt.{key}")
     if spec.template is not None:
         for name in sorted(_compiled(spec.template).columns):
             _require("template", name, schema)
@@ -97,11 +96,11 @@ def check_prompt_columns(spec: PromptSpec, schema: pa.Schema) -> None:
         type_ = schema.field(spec.column).type
         if _is_messages(type_):
             if spec.format == "raw":
-                raise InputError(f"prompt.format is raw, but column {spec.column!r} holds messages; expected text")
+                problem = f"is raw, but column {spec.column!r} holds messages; expected text"
+                raise InputError(problem, key="prompt.format")
         elif not is_text(type_) and not pa.types.is_null(type_):
-            raise InputError(
-                f"prompt.column: column {spec.column!r} is {type_}; expected text or a list of {{role, content}}"
-            )
+            problem = f"column {spec.column!r} is {type_}; expected text or a list of {{role, content}}"
+            raise InputError(problem, key="prompt.column")
 
 
 def _require(key: str, name: str, schema: pa.Schema) -> None:
@@ -109,10 +108,15 @@ def _require(key: str, name: str, schema: pa.Schema) -> None:
     if count == 1:
         return
     if count:
-        raise InputError(f"prompt.{key}: the input has {count} columns named {name!r}")
-    near = get_close_matches(name, schema.names, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(map(repr, schema.names[:20]))}"
-    raise InputError(f"prompt.{key}: the input has no column {name!r}{hint}")
+        raise InputError(f"the input has {count} columns named {name!r}", key=f"prompt.{key}")
+    meant = near(name, schema.names)
+    if meant is not None:
+        hint = f"; did you mean {meant!r}?"
+    elif schema.names:
+        hint = f"; its columns are {', '.join(map(repr, schema.names[:20]))}"
+    else:
+        hint = ", nor any other: its files are empty"
+    raise InputError(f"the input has no column {name!r}{hint}", key=f"prompt.{key}")
 
 
 _BODY = "body"

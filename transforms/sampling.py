@@ -150,10 +150,10 @@ def _format(value: Any) -> Any:
 
 
 _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "max_tokens": (_whole(1, 2**31 - 1), "a whole number from 1"),
+    "max_tokens": (_whole(1, 2**31 - 1), "a whole number from 1 to 2147483647"),
     "temperature": (_in_range(lambda v: v >= 0), "a number from 0"),
     "top_p": (_in_range(lambda v: 0 < v <= 1), "a number above 0 and at most 1"),
-    "n": (_whole(1, 2**15 - 1), "a whole number from 1"),
+    "n": (_whole(1, 2**15 - 1), "a whole number from 1 to 32767"),
     "seed": (_whole(-(2**63), 2**63 - 1), "a whole number of 64 bits"),
     "stop": (_stop, "a text or a list of texts, none empty"),
     "response_format": (_format, "an object of type text, json_object or json_schema, with a valid schema"),

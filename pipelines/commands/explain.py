@@ -18,7 +18,7 @@ from bidbeam.pipelines.commands.invocation import (
 def explain(
     context: typer.Context,
     ledger: LedgerArgument,
-    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", show_default=False)],
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="As in the outputs.", show_default=False)],
     run: Annotated[
         str | None, typer.Option("--run", metavar="RUN_ID", help="Default: the latest run that has the request.")
     ] = None,

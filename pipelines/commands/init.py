@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ def init(
     if json:
         print(to_json({"directory": directory, "files": written}))
         return 0
-    job = written[0]
+    job = shlex.quote(written[0])
     print("\n".join(f"wrote {path}" for path in written))
     print(f"\nnext: bidbeam run {job} --rehearse   nothing is sent or spent")
     print(f"      bidbeam quote {job}            what it would cost")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bidbeam.connectors.errors import BidbeamError, ConfigError
+from bidbeam.connectors.errors import BidbeamError, ConfigError, InputError, UsageError
 
 if TYPE_CHECKING:
     from bidbeam.pipelines.job import Job
@@ -63,7 +63,7 @@ def read_job(path: str, run_date: str | None, overrides: Sequence[str] | None) -
 def refuse_beam_options(context: typer.Context) -> None:
     """Raises for options after ``--`` on a verb that runs no pipeline."""
     if context.obj is not None and context.obj.beam_options:
-        raise typer.BadParameter("only run takes options after --", ctx=context)
+        raise UsageError(f"{context.command_path} runs no pipeline; only run takes options after --")
 
 
 def read_storage(options: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -84,6 +84,8 @@ def error_object(error: BidbeamError) -> dict[str, Any]:
 
     message = mask(str(error), known_secrets(environment=False))
     told: dict[str, Any] = {"type": type(error).__name__, "message": message, "exit_code": error.exit_code}
+    if isinstance(error, InputError) and error.key is not None:
+        told |= {name: getattr(error, name) for name in ("problem", "file", "line", "key")}
     if isinstance(error, ConfigError):
         told |= {name: getattr(error, name) for name in ("problem", "file", "line", "key", "expected", "nearest")}
     return told

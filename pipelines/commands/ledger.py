@@ -15,12 +15,13 @@ from bidbeam.pipelines.commands.invocation import (
     refuse_beam_options,
 )
 
-app = typer.Typer(help="Query a ledger.", no_args_is_help=True, rich_markup_mode=None)
+_ABOUT = "Ask a ledger in SQL, report on it, verify it."
+app = typer.Typer(help=_ABOUT, no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.callback()
+@app.callback(help=_ABOUT)
 def _ledger() -> None:
-    """Query a ledger."""
+    """Holds the verbs together."""
 
 
 RunOption = Annotated[str | None, typer.Option("--run", metavar="RUN_ID", help="Default: every run of the ledger.")]
@@ -34,7 +35,7 @@ def query(
     sql: Annotated[
         str, typer.Argument(metavar="SQL", help="Read-only SQL over the ledger's views.", show_default=False)
     ],
-    format_: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS))] = "table",
+    format_: Annotated[str, typer.Option("--format", metavar="|".join(FORMATS), help="How it is written.")] = "table",
     rehearsals: RehearsalsOption = False,
     storage: StorageOption = None,
     json: JsonOption = False,
@@ -65,7 +66,7 @@ def query(
     return 0
 
 
-@app.command("shell")
+@app.command("shell", short_help="Ask in SQL at a prompt, or from a pipe.")
 def shell(
     context: typer.Context,
     ledger: LedgerArgument,
@@ -81,7 +82,7 @@ def shell(
     return run_shell(ledger, rehearsals=rehearsals, storage=options)
 
 
-@app.command("report")
+@app.command("report", short_help="Write one page: the bill, savings, cache, speed, market.")
 def report(
     context: typer.Context,
     ledger: LedgerArgument,

@@ -25,6 +25,7 @@ from small_plans import make_context, write_input
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.errors import Interrupted, RunHeld, StoreError, UsageError
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
+from bidbeam.pipelines.begin import begin
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
@@ -77,6 +78,14 @@ def journalled(job: Job) -> set[str]:
     journal = Store.at(f"{job.output}/run_date={job.run_date}/run_id={job.run_id}/_journal")
     rows = [row for name in list_segments(journal) for row in read_segment(journal, name)[0].to_pylist()]
     return {row["request_id"] for row in rows if row["status"] == "ok"}
+
+
+def journalled_cost(job: Job) -> Decimal:
+    """USD that all attempts in the journal cost."""
+    from bidbeam.connectors.store import Store
+    from bidbeam.transforms.journal import sound_segments, spent_on
+
+    return spent_on(sound_segments(Store.at(f"{job.output}/run_date={job.run_date}/run_id={job.run_id}/_journal")))
 
 
 def check(job: Job, rows: int) -> Written:
@@ -275,7 +284,7 @@ def test_a_raised_budget_answers_what_the_smaller_one_could_not(tmp_path: Path) 
 
 
 def test_the_budget_counts_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a crashed start has spent is taken off the budget of the next."""
+    """What a crashed start has spent is taken off the budget of the next, which would be enough without."""
     rows = prompts(40, shared="one two three four five six seven eight nine ten eleven twelve " * 20)
     with EndpointDouble(["tiny"]) as double:
         job = make_job(tmp_path, rows, [remote("near", double.base_url)])
@@ -283,12 +292,38 @@ def test_the_budget_counts_all_starts(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(Exception, match="publish_range"):
             run(job)
         undo()
-        extra = pa.concat_tables([rows, prompts(40, start=100, shared="zwei drei vier fuenf sechs sieben " * 40)])
-        spent = Decimal("0.0001")
+        spent = journalled_cost(job)
+        extra = pa.concat_tables([rows, prompts(2, start=100, shared="zwei")])
         job = make_job(tmp_path, extra, [remote("near", double.base_url)], budget={"max_cost": str(spent)})
         summary = run(job)
-        assert (summary.served, dict(summary.dead), len(double.requests)) == (40, {"budget": 40}, 40)
-    check(job, 80)
+        assert (summary.served, dict(summary.dead), len(double.requests)) == (40, {"budget": 2}, 40)
+        assert summary.cost == spent
+        check(job, 42)
+        alone = make_job(
+            tmp_path / "alone", prompts(2, start=100, shared="zwei"), [remote("near", double.base_url)],
+            budget={"max_cost": str(spent)},
+        )  # fmt: skip
+        assert run(alone).served == 2
+
+
+def test_what_a_crash_took_is_off_the_budget_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in flight is booked at its worst case before the next start buys anything, and counts as spent."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, shift, "write_segment", 1)
+        with pytest.raises(Exception, match="write_segment"):
+            run(job)
+        undo()
+        assert not journalled(job)
+        with begin(job, warm=False) as begun:
+            assert begun.context.spent == journalled_cost(job) > 0
+        budget = {"max_cost": str(begun.context.spent)}
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)], budget=budget)
+        sent = len(double.requests)
+        summary = run(job)
+        assert (dict(summary.dead), summary.cost, len(double.requests)) == ({"budget": 6}, begun.context.spent, sent)
+    found = check(job, 6)
+    assert {row["status"] for row in found.attempts} == {"lost"}
 
 
 def test_inserted_files_and_reordered_rows_pay_nothing_again(tmp_path: Path) -> None:

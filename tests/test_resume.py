@@ -25,11 +25,13 @@ from small_plans import make_context, write_input
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.errors import Interrupted, RunHeld, StoreError, UsageError
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
+from bidbeam.connectors.store import Store
 from bidbeam.pipelines.begin import begin
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import booking, decisions, finishing, shift, stopping, write_outputs
+from bidbeam.transforms.journal import SegmentRef, write_segment
 from bidbeam.transforms.retrying import TRIES
 
 pytestmark = pytest.mark.timeout(60)
@@ -324,6 +326,37 @@ def test_what_a_crash_took_is_off_the_budget_too(tmp_path: Path, monkeypatch: py
         assert (dict(summary.dead), summary.cost, len(double.requests)) == ({"budget": 6}, begun.context.spent, sent)
     found = check(job, 6)
     assert {row["status"] for row in found.attempts} == {"lost"}
+
+
+def test_what_a_try_answered_after_another_took_its_place_is_in_the_books(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle that was given up and works on settles attempts that nobody tells of: they are paid for, so the ledger
+    has them, as no request's; what its successor booked as lost is not booked again."""
+    zombie: list[SegmentRef] = []
+
+    def write_two(journal: Store, prefix: str, number: int, rows: pa.Table, terms: Any) -> SegmentRef:
+        told = write_segment(journal, prefix, number, rows, terms)
+        at, ids = rows.schema.get_field_index("attempt_id"), rows.column("attempt_id").combine_chunks().storage
+        # The first of them is an attempt that is booked already.
+        others = pa.array([bytes(ids[0].as_py()), *(n.to_bytes(16, "big") for n in range(1, len(ids)))], pa.binary(16))
+        others = pa.ExtensionArray.from_storage(rows.schema.field(at).type, others)
+        zombie.append(write_segment(journal, prefix, 50, rows.set_column(at, rows.schema.field(at), others), terms))
+        return told
+
+    monkeypatch.setattr(shift, "write_segment", write_two)
+    monkeypatch.setattr(shift, "_SEGMENT_S", 5.0)
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(4), [remote("near", double.base_url)])
+        summary = run(job)
+    found = written(job)
+    check_conserved(found, 4)
+    strays = [row for row in found.rows("attempts") if row["kind"] == "overhead"]
+    assert len(strays) == zombie[0].rows - 1 == 3
+    assert {row["request_id"] for row in strays} == {None}
+    assert summary.cost == total(found.rows("charges")) > total(found.rows("requests")) > 0
+    assert summary.wasted == summary.cost - total(found.rows("requests"))
+    assert verify_ledger(job.ledger).ok
 
 
 def test_inserted_files_and_reordered_rows_pay_nothing_again(tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ def _note_origins(run_dir: Store, path: str, copies: Store, ledger: Store, parts
     None where the ledger does not have them (any more).
     """
     match = _PART.fullmatch(path)
-    if match is None:
-        return None
+    name = f"origins/{path.removeprefix('dead_letters/')}"
+    if match is None or copies.exists(name):
+        return None if match is None else name
     wanted = f"part-{match['start']}{'d' if match['unread'] else 'r'}{match['number']}.parquet"
     part = next((each for each in parts if each.rpartition("/")[2] == wanted), None)
     if part is None:
@@ -86,7 +87,6 @@ def _note_origins(run_dir: Store, path: str, copies: Store, ledger: Store, parts
     dead = rows.filter(pc.equal(rows.column("status").cast(pa.string()), "dead")).select(ORIGIN.names)
     if dead.num_rows != letters:
         return None
-    name = f"origins/{path.removeprefix('dead_letters/')}"
     write_origins(copies, name, dead)
     return name
 

@@ -209,6 +209,7 @@ class ChaosDouble(EndpointDouble):
         self._entries: list[Entry] = []
         self.dead = threading.Event()
         self._sending = threading.Condition()
+        self._turning = threading.Lock()
         self._under_way = 0
         super().__init__(models, port=port, **double)
 
@@ -219,13 +220,14 @@ class ChaosDouble(EndpointDouble):
 
     def die(self) -> None:
         """Takes no more connections and drops those it has."""
-        if self.dead.is_set() or self._stopping.is_set():
-            return
-        with self._sending:
-            self.dead.set()
-            # What is booked goes out whole; what is not is dropped.
-            self._sending.wait_for(lambda: not self._under_way, timeout=1)
-        self._stop_listening()
+        with self._turning:
+            if self.dead.is_set() or self._stopping.is_set():
+                return
+            with self._sending:
+                self.dead.set()
+                # What is booked goes out whole; what is not is dropped.
+                self._sending.wait_for(lambda: not self._under_way, timeout=1)
+            self._stop_listening()
         if self._revives_after_s is not None:
             timer = threading.Timer(self._revives_after_s, self.revive)
             timer.daemon = True
@@ -233,9 +235,11 @@ class ChaosDouble(EndpointDouble):
 
     def revive(self) -> None:
         """Takes connections again, where it died."""
-        if self.dead.is_set() and not self._stopping.is_set():
-            self._listen_again()
-            self.dead.clear()
+        with self._turning:
+            # Who sees it dead may be quicker than it is with its dying.
+            if self.dead.is_set() and not self._stopping.is_set():
+                self._listen_again()
+                self.dead.clear()
 
     # What follows is called by the handler's threads.
 

@@ -218,7 +218,8 @@ FROM auctions;
 
 -- What pools reported against what we counted ourselves, and what they say they billed against what we computed.
 -- Differences (…_off: theirs minus ours) are over the attempts where both are known; compared_… says how many.
--- other_model counts the answers that plainly name another model than was asked for; other_models names them.
+-- other_model counts the answers that plainly name another model than was asked for; other_models names them. flagged:
+-- tokens are over ours by more than 2 %, or bills by more than 1 %, or an answer names another model.
 CREATE OR REPLACE VIEW reconciliation AS
 WITH computed AS (
     SELECT attempt_id, bidbeam_whole(cost) AS cost
@@ -243,7 +244,17 @@ SELECT
     count(attempt.other_model) AS compared_model,
     count(*) FILTER (attempt.other_model) AS other_model,
     string_agg(DISTINCT attempt.model_returned, ', ' ORDER BY attempt.model_returned)
-        FILTER (attempt.other_model) AS other_models
+        FILTER (attempt.other_model) AS other_models,
+    coalesce(
+        50 * sum(attempt.input_tokens - attempt.recount_input_tokens)
+        > sum(attempt.recount_input_tokens) FILTER (attempt.input_tokens IS NOT NULL), FALSE)
+    OR coalesce(
+        50 * sum(attempt.output_tokens - attempt.recount_output_tokens)
+        > sum(attempt.recount_output_tokens) FILTER (attempt.output_tokens IS NOT NULL), FALSE)
+    OR coalesce(
+        100 * sum(attempt.provider_cost - computed.cost)
+        > sum(computed.cost) FILTER (attempt.provider_cost IS NOT NULL), FALSE)
+    OR count(*) FILTER (attempt.other_model) > 0 AS flagged
 FROM attempts AS attempt
 LEFT JOIN computed ON computed.attempt_id = attempt.attempt_id
 WHERE attempt.kind <> 'overhead'

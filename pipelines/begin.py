@@ -310,6 +310,7 @@ def make_context(
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
         baseline=counted[0] if counted else None,
         other_baselines=counted[1:],
+        origins=job.origins,
         samples=asks_for_samples(job, plan),
         has_history=bool(earlier) or ended is not None,
         ended_start=ended,

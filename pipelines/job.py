@@ -24,6 +24,10 @@ _AUCTION = AuctionSpec()
 _NO_DEAD = Tolerance()
 
 
+_UNTOLD = frozenset({"lines", "origins"})
+"""Fields that say nothing of what a job asks or under which terms."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run. Paths are absolute or URLs; money is USD; ``sampling`` keeps its numbers' text as Decimal."""
@@ -56,6 +60,7 @@ class Job:
     price_sources: Mapping[str, PriceSource] = field(default_factory=dict)
     """Where the prices of some pools are looked up when a run starts, by pool."""
     parent_run_id: str | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """The run whose dead letters these are."""
     source_dir: str = "."
     """Where the job file stands."""
@@ -107,7 +112,7 @@ class Job:
         """The job as JSON for the ledger: secrets masked, and of prompt texts the length alone."""
         from bidbeam.connectors.secrets import mask
 
-        resolved = {each.name: jsonable(getattr(self, each.name)) for each in fields(self) if each.name != "lines"}
+        resolved = {each.name: jsonable(getattr(self, each.name)) for each in fields(self) if each.name not in _UNTOLD}
         for name in ("template", "system"):
             text = getattr(self.prompt, name)
             resolved["prompt"][name] = None if text is None else f"({len(text)} characters)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -44,11 +45,11 @@ class Lease:
     @classmethod
     def take(cls, journal: Store, run_id: str) -> Lease:
         """Takes the run's lease. Raises RunHeld, naming the holder, while another start is alive."""
-        held = [entry.name for entry in journal.list("lease-")]
+        held = {entry.name: int(m[1]) for entry in journal.list("lease-") if (m := _LEASE.fullmatch(entry.name))}
         number = 0
         if held:
-            latest = max(held)
-            number = int(latest.removeprefix("lease-").removesuffix(".json"))
+            latest = max(held, key=held.__getitem__)
+            number = held[latest]
             holder = _read(journal, latest)
             if holder is not None and _alive(journal, latest, holder):
                 raise RunHeld(
@@ -97,6 +98,9 @@ class Lease:
         return not taken and self._journal.exists(_name(self._number))
 
 
+_LEASE = re.compile(r"lease-(\d{6,9})\.json")
+
+
 def _name(number: int) -> str:
     return f"lease-{number:06d}.json"
 
@@ -113,11 +117,16 @@ def _state(since: str | None = None) -> bytes:
 
 
 def _read(journal: Store, name: str) -> dict[str, str] | None:
+    """What the holder says; None where nothing, or nothing that a holder would say, is there."""
     try:
-        state: dict[str, str] = json.loads(journal.read(name))
-    except (StoreError, OSError, ValueError):
+        state = json.loads(journal.read(name))
+        found = {str(key): str(value) for key, value in state.items()}
+        int(found["pid"])
+        if datetime.fromisoformat(found["renewed"]).tzinfo is None or not {"host", "since", "token"} <= found.keys():
+            return None
+    except (StoreError, OSError, ValueError, AttributeError, KeyError, RecursionError):
         return None
-    return state
+    return found
 
 
 def _alive(journal: Store, name: str, holder: dict[str, str]) -> bool:

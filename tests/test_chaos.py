@@ -235,6 +235,22 @@ def test_a_spell_passes_and_a_dead_endpoint_comes_back() -> None:
         assert ask(double, "and now")[0] == 200
 
 
+def test_a_double_is_revived_while_it_still_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who calls it back as soon as it is dead gets it back once it has let go of its port."""
+    real = ChaosDouble._stop_listening
+
+    def slowly(self: ChaosDouble) -> None:
+        time.sleep(0.3)
+        real(self)
+
+    monkeypatch.setattr(ChaosDouble, "_stop_listening", slowly)
+    with ChaosDouble(["tiny"], dies_after=1) as double:
+        assert ask(double, "one")[0] == 200
+        assert double.dead.wait(5)
+        double.revive()
+        assert ask(double, "two", "r2")[0] == 200
+
+
 def test_rates_and_kinds_are_checked() -> None:
     """A kind that there is not, and rates beyond 1, are said at once."""
     with pytest.raises(ValueError, match="no kind of failure: fire"):

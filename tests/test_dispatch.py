@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bidbeam.connectors import store_backends
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.store import Store
@@ -146,6 +147,24 @@ def test_a_shift_that_ended_has_nothing_open(tmp_path: Path) -> None:
     assert list(dispatch.book_open(journal, START, [SHIFT])) == []
     assert [segment.rows for segment in dispatch.book_open(journal, START)] == [1]
     assert lost(journal).column("tag").to_pylist() == [7]
+
+
+def test_what_is_about_to_be_sent_and_what_was_answered_outlive_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dispatch records and segments are synced to the disk before anybody goes on, whatever scratch is not."""
+    kept: dict[str, bool] = {}
+    real = store_backends.LocalBackend.create
+
+    def create(self: store_backends.LocalBackend, path: str, data: bytes, *, durable: bool) -> None:
+        kept[Path(path).name] = durable
+        real(self, path, data, durable=durable)
+
+    monkeypatch.setattr(store_backends.LocalBackend, "create", create)
+    journal = Store.at(str(tmp_path))
+    write(journal, 1, 3, 4)
+    journal_answers(journal, 0, 3)
+    assert kept == {f"{SHIFT}-t00-000001.arrow": True, f"{SHIFT}-000000.arrow": True}
 
 
 def test_a_torn_record_let_nothing_through(tmp_path: Path) -> None:

@@ -177,6 +177,10 @@ def test_a_changed_segment_is_set_aside(journal: Store, caplog: pytest.LogCaptur
         assert sound_segments(journal) == []
     assert "is damaged" in caplog.text
     assert journal.read(f"{ref.name}.damaged") == bytes(changed)
+    # Under the same name once more, now an empty file.
+    assert write_segment(journal, PREFIX, 0, segment([1]), [terms()]).name == ref.name
+    journal.replace(ref.name, b"")
+    assert sound_segments(journal) == []
 
 
 def test_an_answer_is_never_dictionary_encoded(journal: Store) -> None:

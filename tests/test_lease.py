@@ -172,11 +172,17 @@ def test_a_lease_is_renewed_while_it_is_held(journal: Store, monkeypatch: pytest
     lease.release()
 
 
-def test_a_file_that_is_no_lease_holds_nothing(journal: Store) -> None:
-    """A torn lease belongs to nobody."""
-    journal.create("lease-000007.json", b'{"host": "here", "pi')
+@pytest.mark.parametrize(
+    "content",
+    [b'{"host": "here", "pi', b"", b"[]", b"null", b"[" * 100_000, b'{"host": "x", "pid": "y", "renewed": "z"}',
+     b'{"host": "x", "since": "", "token": "", "pid": 1, "renewed": "2026-01-02"}'],
+)  # fmt: skip
+def test_a_file_that_is_no_lease_holds_nothing(journal: Store, content: bytes) -> None:
+    """What is torn, or says what no holder would, belongs to nobody; what has another name is not looked at."""
+    journal.create("lease-000007.json", content)
+    journal.create("lease-copy.json", content)
     lease = Lease.take(journal, "job-1")
-    assert held(journal) == ["lease-000008.json"]
+    assert held(journal) == ["lease-000008.json", "lease-copy.json"]
     lease.release()
 
 

@@ -163,6 +163,8 @@ def test_reconciliation_compares_only_what_both_sides_know(ledger: Store) -> Non
     assert (chutes["attempts"], chutes["compared_input"], chutes["input_tokens_off"]) == (3, 1, 2)
     assert (chutes["compared_cost"], chutes["cost_off"]) == (1, Decimal("0.00000001"))
     assert (found["subnet"]["output_tokens_off"], found["subnet"]["cost_off"]) == (-5, None)
+    # A little more, as other templates count, is not flagged, and less is not.
+    assert {row["flagged"] for row in found.values()} == {False}
     assert found["own"]["attempts"] == 1  # idle time is no attempt at a request
 
 

@@ -25,10 +25,13 @@ from small_plans import make_context, write_input
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.connectors.errors import Interrupted, RunHeld, StoreError, UsageError
 from bidbeam.connectors.schemas import LEDGER_VERSION, TABLES
+from bidbeam.connectors.store import Store
+from bidbeam.pipelines.begin import begin
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
 from bidbeam.transforms import booking, decisions, finishing, shift, stopping, write_outputs
+from bidbeam.transforms.journal import SegmentRef, write_segment
 from bidbeam.transforms.retrying import TRIES
 
 pytestmark = pytest.mark.timeout(60)
@@ -77,6 +80,14 @@ def journalled(job: Job) -> set[str]:
     journal = Store.at(f"{job.output}/run_date={job.run_date}/run_id={job.run_id}/_journal")
     rows = [row for name in list_segments(journal) for row in read_segment(journal, name)[0].to_pylist()]
     return {row["request_id"] for row in rows if row["status"] == "ok"}
+
+
+def journalled_cost(job: Job) -> Decimal:
+    """USD that all attempts in the journal cost."""
+    from bidbeam.connectors.store import Store
+    from bidbeam.transforms.journal import sound_segments, spent_on
+
+    return spent_on(sound_segments(Store.at(f"{job.output}/run_date={job.run_date}/run_id={job.run_id}/_journal")))
 
 
 def check(job: Job, rows: int) -> Written:
@@ -275,7 +286,7 @@ def test_a_raised_budget_answers_what_the_smaller_one_could_not(tmp_path: Path) 
 
 
 def test_the_budget_counts_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a crashed start has spent is taken off the budget of the next."""
+    """What a crashed start has spent is taken off the budget of the next, which would be enough without."""
     rows = prompts(40, shared="one two three four five six seven eight nine ten eleven twelve " * 20)
     with EndpointDouble(["tiny"]) as double:
         job = make_job(tmp_path, rows, [remote("near", double.base_url)])
@@ -283,12 +294,69 @@ def test_the_budget_counts_all_starts(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(Exception, match="publish_range"):
             run(job)
         undo()
-        extra = pa.concat_tables([rows, prompts(40, start=100, shared="zwei drei vier fuenf sechs sieben " * 40)])
-        spent = Decimal("0.0001")
+        spent = journalled_cost(job)
+        extra = pa.concat_tables([rows, prompts(2, start=100, shared="zwei")])
         job = make_job(tmp_path, extra, [remote("near", double.base_url)], budget={"max_cost": str(spent)})
         summary = run(job)
-        assert (summary.served, dict(summary.dead), len(double.requests)) == (40, {"budget": 40}, 40)
-    check(job, 80)
+        assert (summary.served, dict(summary.dead), len(double.requests)) == (40, {"budget": 2}, 40)
+        assert summary.cost == spent
+        check(job, 42)
+        alone = make_job(
+            tmp_path / "alone", prompts(2, start=100, shared="zwei"), [remote("near", double.base_url)],
+            budget={"max_cost": str(spent)},
+        )  # fmt: skip
+        assert run(alone).served == 2
+
+
+def test_what_a_crash_took_is_off_the_budget_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in flight is booked at its worst case before the next start buys anything, and counts as spent."""
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)])
+        undo = fail_at(monkeypatch, shift, "write_segment", 1)
+        with pytest.raises(Exception, match="write_segment"):
+            run(job)
+        undo()
+        assert not journalled(job)
+        with begin(job, warm=False) as begun:
+            assert begun.context.spent == journalled_cost(job) > 0
+        budget = {"max_cost": str(begun.context.spent)}
+        job = make_job(tmp_path, prompts(6), [remote("near", double.base_url)], budget=budget)
+        sent = len(double.requests)
+        summary = run(job)
+        assert (dict(summary.dead), summary.cost, len(double.requests)) == ({"budget": 6}, begun.context.spent, sent)
+    found = check(job, 6)
+    assert {row["status"] for row in found.attempts} == {"lost"}
+
+
+def test_what_a_try_answered_after_another_took_its_place_is_in_the_books(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle that was given up and works on settles attempts that nobody tells of: they are paid for, so the ledger
+    has them, as no request's; what its successor booked as lost is not booked again."""
+    zombie: list[SegmentRef] = []
+
+    def write_two(journal: Store, prefix: str, number: int, rows: pa.Table, terms: Any) -> SegmentRef:
+        told = write_segment(journal, prefix, number, rows, terms)
+        at, ids = rows.schema.get_field_index("attempt_id"), rows.column("attempt_id").combine_chunks().storage
+        # The first of them is an attempt that is booked already.
+        others = pa.array([bytes(ids[0].as_py()), *(n.to_bytes(16, "big") for n in range(1, len(ids)))], pa.binary(16))
+        others = pa.ExtensionArray.from_storage(rows.schema.field(at).type, others)
+        zombie.append(write_segment(journal, prefix, 50, rows.set_column(at, rows.schema.field(at), others), terms))
+        return told
+
+    monkeypatch.setattr(shift, "write_segment", write_two)
+    monkeypatch.setattr(shift, "_SEGMENT_S", 5.0)
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, prompts(4), [remote("near", double.base_url)])
+        summary = run(job)
+    found = written(job)
+    check_conserved(found, 4)
+    strays = [row for row in found.rows("attempts") if row["kind"] == "overhead"]
+    assert len(strays) == zombie[0].rows - 1 == 3
+    assert {row["request_id"] for row in strays} == {None}
+    assert summary.cost == total(found.rows("charges")) > total(found.rows("requests")) > 0
+    assert summary.wasted == summary.cost - total(found.rows("requests"))
+    assert verify_ledger(job.ledger).ok
 
 
 def test_inserted_files_and_reordered_rows_pay_nothing_again(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def test_dead_letters_run_again_as_a_run_with_a_parent(tmp_path: Path) -> None:
     assert found.rows("runs")[0]["parent_run_id"] == first.run_id
     assert found.rows("runs")[0]["run_id"] != first.run_id
     outputs = sorted(found.outputs.to_pylist(), key=lambda row: row["id"])
+    # Where they stood in the parent's input, not where its journal keeps them.
+    stood = {row["request_id"]: (row["source_file"], row["source_row"]) for row in found.rows("requests")}
+    assert stood == {f"q{n}": (str(tmp_path / "in" / "a.parquet"), n) for n in (3, 5)}
     assert [(row["id"], row["reason"], row["message"]) for row in outputs] == [
         ("q3", "why 3", [3]),
         ("q5", "why 5", [5]),

@@ -115,6 +115,7 @@ def test_reports_that_cannot_be_true_cost_a_pool_its_next_lots(tmp_path: Path) -
             told = {row["pool"]: row for row in run_query(ledger, "FROM reconciliation").to_pylist()}
         later = make_job(tmp_path, rows, pools, name="later", **keys)
         run(later)
+    assert {name: row["flagged"] for name, row in told.items()} == {"inflated": True, "swapped": True, "honest": False}
     assert told["inflated"]["output_tokens_off"] >= 12
     assert told["honest"]["output_tokens_off"] == told["swapped"]["output_tokens_off"] == 0
     assert {name: row["other_model"] for name, row in told.items()} == {"inflated": 0, "swapped": 12, "honest": 0}

@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.money import sum_decimal
-from bidbeam.connectors.schemas import LEDGER_VERSION, PRICES
+from bidbeam.connectors.schemas import LEDGER_VERSION, PRICES, SEGMENT
 from bidbeam.transforms.charging import explode, served_rows, serving
 from bidbeam.transforms.journal import SegmentRef, read_segment
 from bidbeam.transforms.published import PoolCount, Published
 from bidbeam.transforms.run_context import RunContext, start_of
-from bidbeam.transforms.settling import Terms
+from bidbeam.transforms.settling import Terms, constant
 
 _GROUP_ROWS = 131_072
 
@@ -92,13 +92,42 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
     )
 
 
+def book_strays(context: RunContext, names: Sequence[str], known: Sequence[SegmentRef]) -> Published:
+    """Writes the attempts of segments that no bundle told of: of a try that went on after another had taken its place.
+
+    They were paid for, and serve nobody: as overhead they are no request's. What was given up for lost meanwhile, in
+    the segments that are ``known``, is booked there already.
+    """
+    booked = pa.chunked_array(
+        [ids for each in known for ids in read_segment(context.journal, each.name)[0].column("attempt_id").chunks],
+        SEGMENT.field("attempt_id").type,
+    )
+    tables, terms = [], dict[str, Terms]()
+    for name in names:
+        rows, mine = read_segment(context.journal, name)
+        tables.append(rows)
+        terms |= mine
+    rows = pa.concat_tables(tables).unify_dictionaries()
+    rows = rows.filter(pc.invert(pc.is_in(_plain(rows.column("attempt_id")), value_set=_plain(booked))))
+    for column in ("tag", "request_id", "lot_id"):
+        at = SEGMENT.get_field_index(column)
+        rows = rows.set_column(at, SEGMENT.field(at), pa.nulls(rows.num_rows, SEGMENT.field(at).type))
+    at = SEGMENT.get_field_index("kind")
+    rows = rows.set_column(at, SEGMENT.field(at), constant("overhead", SEGMENT.field(at).type, rows.num_rows))
+    return book_rows(context, f"s{context.start:03d}-strays", rows, terms)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    return whole.storage if isinstance(whole, pa.ExtensionArray) else whole
+
+
 def _settled_once(rows: pa.Table) -> pa.Table:
     """The rows without those that were given up for lost and came back after all: each attempt is booked once."""
     lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
     if not pc.any(lost).as_py():
         return rows
-    ids = rows.column("attempt_id").combine_chunks()
-    ids = ids.storage if isinstance(ids, pa.ExtensionArray) else ids
+    ids = _plain(rows.column("attempt_id"))
     back = pc.is_in(ids, value_set=ids.filter(pc.invert(lost).combine_chunks()))
     return rows.filter(pc.invert(pc.and_(lost, back)))
 

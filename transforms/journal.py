@@ -227,7 +227,8 @@ def sound_segments(journal: Store) -> list[SegmentRef]:
                 "%s is damaged (%s) and set aside; what it settled is asked for again",
                 journal.url_of(name), type(error).__name__,
             )  # fmt: skip
-            journal.create(f"{name}.damaged", journal.read(name))
+            # One that was damaged under this name before makes way: its number was taken again meanwhile.
+            journal.replace(f"{name}.damaged", journal.read(name), durable=True)
             journal.delete(name)
     return found
 

@@ -6,9 +6,10 @@ rows one by one. A row that brings its own messages, template values or sampling
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,14 +142,16 @@ def render(
     *,
     file: str,
     row_start: int,
+    origin: tuple[pa.Array, pa.Array] | None = None,
     seed: int,
 ) -> pa.RecordBatch:
     """The rows of ``table`` as requests: a RENDERED batch, row by row beside it.
 
     ``models`` are the models of the pools; None: no tokenizer, so counts are estimates and keys are text. ``file`` and
-    ``row_start`` name rows without an id. ``seed`` (up to 128 bits) is the run's secret of content keys. A bad row has
-    a reason and a message, and null key and content; it never raises. Raises ModelError where a model has no chat
-    template for chats, ConfigError for what ``check_columns`` would have found.
+    ``row_start`` name rows without an id, or ``origin``, the file and row that each came from first. ``seed`` (up to
+    128 bits) is the run's secret of content keys. A bad row has a reason and a message, and null key and content; it
+    never raises. Raises ModelError where a model has no chat template for chats, ConfigError for what
+    ``check_columns`` would have found.
     """
     n = table.num_rows
     problems = _Problems()
@@ -159,7 +162,7 @@ def render(
     prompts = read_prompts(table, spec.prompt)
     for row, message in prompts.problems.items():
         problems.add(row, message)
-    ids = _request_ids(table, spec.prompt, file, row_start, problems)
+    ids = _request_ids(table, spec.prompt, partial(_places, file, row_start, n, origin), problems)
     model = _models(table, spec, prompts.models, models, problems)
     _find_tools(prompts.samplings, model, models, problems)
     sampling_codes, samplings = _samplings(table, spec, prompts.samplings, problems)
@@ -208,16 +211,20 @@ def render(
     )
 
 
-def _request_ids(table: pa.Table, spec: PromptSpec, file: str, row_start: int, problems: _Problems) -> pa.Array:
-    """The id column as text; ``<file>:<row>`` where it is null, empty or absent."""
-    rows = pa.array(np.arange(row_start, row_start + table.num_rows)).cast(pa.string())
-    fallback = pc.binary_join_element_wise(pa.scalar(f"{file}:"), rows, "")
+def _request_ids(table: pa.Table, spec: PromptSpec, places: Callable[[], pa.Array], problems: _Problems) -> pa.Array:
+    """The id column as text; the row's place where it is null, empty or absent."""
     name = id_column(spec, table.schema)
     if name is None:
-        return fallback
+        return places()
     ids = _as_text(table, name, problems)
     good = pc.fill_null(pc.greater(pc.binary_length(ids), 0), False)
-    return pc.if_else(good, ids, fallback) if not pc.all(good).as_py() else ids
+    return pc.if_else(good, ids, places()) if not pc.all(good).as_py() else ids
+
+
+def _places(file: str, row_start: int, rows: int, origin: tuple[pa.Array, pa.Array] | None) -> pa.Array:
+    """``<file>:<row>`` of each row, where it came from first."""
+    files, numbers = origin or (pa.scalar(file), pa.array(np.arange(row_start, row_start + rows)))
+    return pc.binary_join_element_wise(files, numbers.cast(pa.string()), ":")
 
 
 def _as_text(table: pa.Table, name: str, problems: _Problems) -> pa.Array:

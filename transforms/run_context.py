@@ -84,6 +84,8 @@ class RunContext:
     fx: Mapping[str, FxQuote] = field(default_factory=dict)
     known: Mapping[tuple[str, str], Reputation] = field(default_factory=dict)
     """What the ledger's earlier runs taught of each (pool, model): see ``transforms.reputation``."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Of input files that were copied: by their URL, that of where their rows came from (see ``origins``)."""
     samples: bool = False
     """Whether a request may ask for several samples, so that outputs have the column."""
     has_history: bool = False

@@ -21,6 +21,7 @@ from bidbeam.connectors.inputs import Split, is_json_text, is_openai_batch, read
 from bidbeam.connectors.schemas import LABEL
 from bidbeam.connectors.store import Store
 from bidbeam.connectors.tokenizer import ModelTools
+from bidbeam.transforms.origins import origin_of
 from bidbeam.transforms.rendering import RENDERED, RenderSpec, render
 from bidbeam.transforms.run_context import RunContext
 
@@ -184,12 +185,17 @@ def spill_split(
     """Reads, renders and sorts one split and writes it, cut at the bounds: ranges + 1 record batches, the last one the
     dead rows. Writing again gives the same bytes, so a retried bundle finds its file already there."""
     table = read_split(split, context.input_schema, context.storage)
-    rendered = render(table, context.render, models, file=split.file, row_start=split.row_start, seed=context.seed)
+    origin = origin_of(context, split)
+    rendered = render(table, context.render, models, file=split.file, row_start=split.row_start, origin=origin,
+                      seed=context.seed)  # fmt: skip
     layout = layout_of(context)
     n = table.num_rows
     dead_mask = pc.is_valid(rendered.column("reason"))
-    file_code = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([split.file]))
-    ours = {"row": pa.array(np.arange(split.row_start, split.row_start + n)), "file": file_code}
+    if origin is None:
+        file_code = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([split.file]))
+        ours = {"row": pa.array(np.arange(split.row_start, split.row_start + n)), "file": file_code}
+    else:
+        ours = {"row": origin[1], "file": origin[0].dictionary_encode()}
     # JSON Lines bring a column more, which rendering has read: why a line is no row.
     inputs = table.columns[: len(context.input_schema)]
     columns = [

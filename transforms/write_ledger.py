@@ -8,12 +8,12 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
-from bidbeam.transforms.booking import book, book_rows, segment_groups
+from bidbeam.transforms.booking import book, book_rows, book_strays, segment_groups
 from bidbeam.transforms.compaction import is_kept
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.finishing import RunRecord, finish
 from bidbeam.transforms.history import earlier_segments
-from bidbeam.transforms.journal import OVERHEAD, SegmentRef, read_rows, segment_ref
+from bidbeam.transforms.journal import OVERHEAD, SegmentRef, list_segments, read_rows, segment_ref
 from bidbeam.transforms.merging import RangeRef
 from bidbeam.transforms.plan_lots import Plan
 from bidbeam.transforms.published import Published
@@ -69,6 +69,10 @@ class _BookOverhead(beam.DoFn):
             ordered = sorted(segments, key=lambda segment: segment.name)
             rows, terms = read_rows(self._context.journal, ordered, OVERHEAD)
             yield book_rows(self._context, f"s{self._context.start:03d}-overhead", rows, terms)
+            told = {segment.name for segment in ordered}
+            there = list_segments(self._context.journal, f"{self._context.scratch_name}/segments/")
+            if strays := [name for name in there if name not in told]:
+                yield book_strays(self._context, strays, ordered)
 
 
 class _Group(beam.DoFn):

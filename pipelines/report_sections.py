@@ -215,7 +215,10 @@ def _savings(ledger: duckdb.DuckDBPyConnection) -> Section:
         ("saved", True, lambda r: usd_cell(minus(r["baseline_cost"], r["cost"]))),
         ("share", True, lambda r: saved_cell(minus(r["baseline_cost"], r["cost"]), r["baseline_cost"])),
     ]
-    note = "What the tokens of the answers would have cost at a dated list price, against what the requests did cost."
+    note = (
+        "What the tokens of the answers would have cost at a dated list price, shared answers as often as they are used"
+        ", against all that their runs paid, waste included; answers that cannot be compared are left out of both."
+    )
     return Section("savings", "Savings", note, (table_of("Against each baseline", found, columns),))
 
 

@@ -39,7 +39,8 @@ class RunSummary:
     output_url: str
     ledger_url: str
     baseline_cost: Decimal | None = None
-    """What the served requests would have cost at the baseline's prices; None: no baseline, or not known for all."""
+    """What the served requests would have cost at the baseline's prices, an answer that several share as often as it is
+    used: there each would have been asked. None: no baseline, or not known for all."""
     input_tokens: int | None = None
     cached_tokens: int | None = None
     ideal_cached_tokens: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,25 +15,23 @@ from typing import Any, Self
 
 import bidbeam
 from bidbeam.connectors import registry
-from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError
+from bidbeam.connectors.errors import BidbeamError, ModelError
 from bidbeam.connectors.inputs import InputPlan, is_openai_batch, plan_input
 from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.connectors.model_files import prepare_model
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
+from bidbeam.pipelines.earlier import Earlier, take_over
 from bidbeam.pipelines.job import Job, check_fx, check_keys
 from bidbeam.pipelines.known import known_pools
 from bidbeam.pipelines.lease import Lease
 from bidbeam.pipelines.resolving import resolve
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
-from bidbeam.transforms.compaction import compact
-from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
-from bidbeam.transforms.journal import sound_segments
 from bidbeam.transforms.rendering import RenderSpec, check_columns
-from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
+from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext
 
 _RANGE_ROWS = 131_072
 _RANGE_BYTES = 64 << 20
@@ -110,8 +107,9 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
         manifest = read_manifest(run_dir)
         if not rehearse:
             give_back_nodes(job, run_dir.child("_journal"), manifest)
+        earlier = take_over(run_dir.child("_journal"), manifest)
         context = replace(
-            make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest),
+            make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, earlier=earlier),
             known=known_pools(job, ledger, started_at),
         )
         record = RunRecord(
@@ -122,7 +120,7 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
             fingerprint=plan.fingerprint,
             parent_run_id=job.parent_run_id,
         )
-        if manifest is not None and not _more_to_do(manifest, plan):
+        if manifest is not None and not more_to_do(manifest, plan):
             lease.release()
             return Begun(context, plan, record, None, manifest)
         if warm:
@@ -150,7 +148,7 @@ def give_back_nodes(job: Job, journal: Store, manifest: Mapping[str, Any] | None
         recover_leases(journal, job.pools, quotes, ended_start=None if manifest is None else int(manifest["starts"]))
 
 
-def _more_to_do(manifest: Mapping[str, Any], plan: InputPlan) -> bool:
+def more_to_do(manifest: Mapping[str, Any], plan: InputPlan) -> bool:
     """Whether a start after one that ended has anything to do: new rows, or dead letters that may yet be answered."""
     from bidbeam.connectors.schemas import RETRYABLE_REASONS
 
@@ -249,20 +247,9 @@ def make_context(
     started_at: datetime,
     *,
     rehearse: bool,
-    manifest: Mapping[str, Any] | None,
+    earlier: Earlier,
 ) -> RunContext:
     """The context of the next start of this run."""
-    journal = run_dir.child("_journal")
-    ended = None if manifest is None else int(manifest["starts"])
-    if ended is not None:
-        # That start may have been cut short while it tidied up.
-        compact(journal, ended)
-    earlier = sound_segments(journal)
-    for start in sorted({start_of(entry.name) for entry in journal.list("start-")}):
-        # A start that was cut short had requests in flight: from here on they count as spent.
-        earlier += book_open(journal, f"start-{start:03d}")
-    starts = [ended or 0, *(start_of(entry.name) for entry in journal.list("start-"))]
-    spent = sum((segment.cost for segment in earlier), Decimal(0 if manifest is None else manifest["cost"]))
     contexts = longest_contexts(job, facts)
     size = sum(split.size_bytes for split in plan.splits)
     pools = tuple(
@@ -273,7 +260,7 @@ def make_context(
     return RunContext(
         run_id=job.run_id,
         run_date=job.run_date,
-        start=max(starts) + 1,
+        start=earlier.start,
         started_at=started_at,
         run_dir=run_dir,
         ledger=ledger,
@@ -282,7 +269,7 @@ def make_context(
         pools=pools,
         input_schema=plan.schema,
         storage=job.storage,
-        seed=_seed(journal),
+        seed=earlier.seed,
         rows=plan.rows,
         ranges=max(1, -(-plan.rows // _RANGE_ROWS), -(-size // _RANGE_BYTES)),
         rounds=job.auction.rounds,
@@ -292,14 +279,15 @@ def make_context(
         max_cost=job.max_cost,
         payment=job.auction.payment,
         hedging=job.auction.hedging,
-        spent=spent,
+        spent=earlier.spent,
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
         baseline=counted[0] if counted else None,
         other_baselines=counted[1:],
         samples=asks_for_samples(job, plan),
-        has_history=bool(earlier) or ended is not None,
-        ended_start=ended,
+        has_history=earlier.has_history,
+        ended_start=earlier.ended,
+        damaged=earlier.damaged,
         fx={c: FxQuote(r.rate, r.source, r.at) for c, r in job.fx.items()},
     )
 
@@ -335,12 +323,3 @@ def baselines(job: Job) -> tuple[Baseline, ...]:
         )
         by_name.setdefault(spec.name, []).append(each)
     return tuple(replace(same[0], also=tuple(same[1:])) for same in by_name.values())
-
-
-def _seed(journal: Store) -> int:
-    """The secret of the run's content keys: made once, kept beside the prompts it protects."""
-    if not journal.exists("seed"):
-        # Another start may be as quick: whoever was first made the seed.
-        with contextlib.suppress(AlreadyExists):
-            journal.create("seed", secrets.token_hex(8).encode())
-    return int(journal.read("seed"), 16)

@@ -81,7 +81,7 @@ def _saved(cost: Decimal, baseline: Decimal | None) -> str:
 def quote_text(quote: Quote) -> str:
     """A quote: the market, a row per pool, what earlier runs showed of them, then the totals against the terms."""
     about = " (estimates: a model's tokenizer is not known)" if quote.estimated else ""
-    rows = [("prompts", f"{quote.requests:,}" + (f", {quote.dead_invalid:,} invalid" if quote.dead_invalid else ""))]
+    rows = [("prompts", _prompts(quote))]
     share = (
         f", {100 * quote.ideal_cached_tokens / quote.input_tokens:.1f}% from cache at best"
         if quote.input_tokens
@@ -91,6 +91,10 @@ def quote_text(quote: Quote) -> str:
     if quote.unserved:
         rows.append(("unserved", counts(quote.unserved)))
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
+    if quote.overhead_unknown:
+        rows.append(
+            ("not in it", f"how long {', '.join(quote.overhead_unknown)} will load and idle: no run has shown it")
+        )
     if quote.reserved_cost is not None:
         rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
     rows.append(("worst case", _worst_text(quote)))
@@ -124,6 +128,22 @@ def quote_text(quote: Quote) -> str:
     if any(each.answers for each in quote.pools):
         parts.insert(1, _seen_text(quote))
     return "\n\n".join(parts)
+
+
+def _prompts(quote: Quote) -> str:
+    """The rows by what becomes of them."""
+    if quote.settled and not quote.to_ask:
+        return f"{quote.requests:,}; nothing to do: every request of this run is settled"
+    parts = [
+        f"{number:,} {what}"
+        for number, what in (
+            (quote.settled, f"settled by earlier starts for {usd(quote.spent)}, and not asked again"),
+            (quote.shared, "that share another's answer"),
+            (quote.dead_invalid, "invalid"),
+        )
+        if number
+    ]
+    return ", ".join([f"{quote.requests:,}", *parts])
 
 
 def _rent_text(quote: Quote) -> str:
@@ -164,10 +184,13 @@ def _worst_text(quote: Quote) -> str:
         return "no bound: engines are paid by time, and no budget is set"
     if quote.budget is None:
         return f"{usd(quote.worst_case_cost)}; no budget is set"
-    if quote.worst_case_cost == quote.budget:
-        return f"{usd(quote.budget)}, the budget: what it does not cover is not sent"
-    fits = "within" if quote.worst_case_cost < quote.budget else "more than"
-    return f"{usd(quote.worst_case_cost)}, {fits} the budget of {usd(quote.budget)}"
+    left = max(quote.budget - quote.spent, Decimal(0))
+    rest = f", of which {usd(quote.spent)} is spent" if quote.spent else ""
+    if quote.worst_case_cost == left:
+        named = f"what is left of the budget of {usd(quote.budget)}" if quote.spent else "the budget"
+        return f"{usd(left)}, {named}: what it does not cover is not sent"
+    fits = "within" if quote.worst_case_cost < left else "more than"
+    return f"{usd(quote.worst_case_cost)}, {fits} the budget of {usd(quote.budget)}{rest}"
 
 
 def _against_deadline(quote: Quote) -> str:

@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import socket
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -357,7 +358,10 @@ def _date_in(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until its standard input ends, SIGTERM or SIGINT. The first line it prints is its address."""
+    """Serves until SIGTERM or SIGINT, or until the pipe that its standard input may be is closed: with whoever began it.
+
+    The first line it prints is its address.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m bidbeam.connectors.chaos", description=(__doc__ or "").split("\n")[0]
     )
@@ -389,7 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         port=args.port,
     ) as double:
         print(double.base_url, flush=True)
-        threading.Thread(target=_until_end_of_input, args=(ended,), daemon=True).start()
+        if stat.S_ISFIFO(os.fstat(0).st_mode):
+            threading.Thread(target=_until_end_of_input, args=(ended,), daemon=True).start()
         ended.wait()
 
 

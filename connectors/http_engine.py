@@ -27,6 +27,7 @@ from bidbeam.connectors.errors import ConfigError, PoolDown
 from bidbeam.connectors.http_transport import (
     CONNECT_S,
     LOOP,
+    Endpoint,
     endpoint,
     failure,
     open_session,
@@ -52,6 +53,8 @@ DOWN_AFTER = 5
 """Connections that fail in a row before the pool counts as down."""
 DRAIN_S = 30.0
 """How long what is in flight may still take to end once a pool is down: it may have been paid for."""
+_THERE_S = 10.0
+"""How long an endpoint that was lost may take to say that it is there again."""
 _CLOSE_S = 5.0
 _UNSENT = Outcome("cancelled", error_message="not sent")
 
@@ -395,6 +398,26 @@ def list_models(spec: PoolSpec) -> list[str]:
     """The names of the models that a pool's endpoint says it serves. Raises PoolDown where it does not answer as it
     should, ConfigError where the pool is misconfigured.
     """
+    where, credentials, status, body = _ask_for_models(spec, spec.timeout_s)
+    at = f"pool {spec.name} at {where.host}"
+    document = read_json(body or b"")
+    listed = pointer(document, "/data")
+    if status != 200 or not isinstance(listed, list):
+        said = provider_message(pointer(document, "/error"), "", credentials.secrets)
+        raise PoolDown(f"{at} does not list its models ({status}{': ' + said if said else ''})")
+    names = (pointer(each, "/id") for each in listed)
+    return [name for name in names if isinstance(name, str)]
+
+
+def is_there(spec: PoolSpec) -> bool:
+    """Whether a pool's endpoint answers at all, be it with an error that is not its own fault."""
+    try:
+        return _ask_for_models(spec, min(spec.timeout_s, _THERE_S))[2] < 500
+    except (PoolDown, ConfigError):
+        return False
+
+
+def _ask_for_models(spec: PoolSpec, timeout_s: float) -> tuple[Endpoint, Credentials, int, bytes | None]:
     where = endpoint(spec)
     credentials = credentials_for(spec, where.profile.auth)
     headers = credentials.refresh()
@@ -406,15 +429,9 @@ def list_models(spec: PoolSpec) -> list[str]:
         ):
             return response.status, await read_body(response, MAX_ANSWER_BYTES)
 
-    at = f"pool {spec.name} at {where.host}"
     try:
-        status, body = LOOP.run(ask(), spec.timeout_s + _CLOSE_S)
+        status, body = LOOP.run(ask(), timeout_s + _CLOSE_S)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise PoolDown(f"{at}: {transport_failure(error, spec.timeout_s).error_message}") from None
-    document = read_json(body or b"")
-    listed = pointer(document, "/data")
-    if status != 200 or not isinstance(listed, list):
-        said = provider_message(pointer(document, "/error"), "", credentials.secrets)
-        raise PoolDown(f"{at} does not list its models ({status}{': ' + said if said else ''})")
-    names = (pointer(each, "/id") for each in listed)
-    return [name for name in names if isinstance(name, str)]
+        said = transport_failure(error, timeout_s).error_message
+        raise PoolDown(f"pool {spec.name} at {where.host}: {said}") from None
+    return where, credentials, status, body

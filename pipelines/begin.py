@@ -279,6 +279,7 @@ def make_context(
         max_cost=job.max_cost,
         payment=job.auction.payment,
         hedging=job.auction.hedging,
+        patience_s=job.auction.patience.total_seconds(),
         spent=earlier.spent,
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,

@@ -19,6 +19,7 @@ from bidbeam.pipelines.config_check import (
     choice_of,
     decimal_of,
     duration_from,
+    duration_of,
     fault,
     flag_of,
     is_kind,
@@ -262,11 +263,12 @@ def _placement(node: Node) -> dict[str, Any]:
 
 
 def _auction(node: Node) -> AuctionSpec:
-    fields = Fields(node, ("payment", "rounds", "hedging"))
+    fields = Fields(node, ("payment", "rounds", "hedging", "patience"))
     payment = fields.get("payment")
     rule = cast(Payment, "pay_as_bid" if payment is None else choice_of(payment, PAYMENTS))
     rounds = fields.read("rounds", lambda entry: whole_of(entry, 1, 10), 3)
-    return AuctionSpec(rule, rounds, fields.read("hedging", flag_of, True))
+    hedging = fields.read("hedging", flag_of, True)
+    return AuctionSpec(rule, rounds, hedging, fields.read("patience", duration_of, AuctionSpec().patience))
 
 
 def _tolerate(node: Node) -> Tolerance:

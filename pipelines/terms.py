@@ -59,6 +59,8 @@ class AuctionSpec:
     rounds: int = 3
     hedging: bool = True
     """Whether the last stragglers are asked of a second pool."""
+    patience: timedelta = timedelta(minutes=10)
+    """How long pools that have answered are waited for once none does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,18 @@ def write_input(home: Path, files: Mapping[str, pa.Table], split_rows: int) -> I
     return plan_input([str(home / "*.parquet")], {}, target_rows=split_rows)
 
 
-def make_context(home: Path, plan: InputPlan, *, ranges: int = 1, lot_tokens: int = 60, **keys: Any) -> RunContext:
+def make_context(
+    home: Path,
+    plan: InputPlan,
+    *,
+    ranges: int = 1,
+    lot_tokens: int = 60,
+    temperature: int = 0,
+    seed: int | None = None,
+    **keys: Any,
+) -> RunContext:
     """A context with the models ``m`` (blocks of 2) and ``k`` (of 4), neither with a tokenizer; prompts go raw."""
+    sampling = {"max_tokens": 4, "temperature": temperature, **({} if seed is None else {"seed": seed})}
     prompt = PromptSpec(
         id="id" if "id" in plan.schema.names else None,
         column="prompt",
@@ -61,7 +71,7 @@ def make_context(home: Path, plan: InputPlan, *, ranges: int = 1, lot_tokens: in
         "render": RenderSpec(
             prompt=prompt,
             model="m",
-            sampling={"max_tokens": 4, "temperature": 0},
+            sampling=sampling,
             placement={},
             longest_context={"m": None, "k": None},
         ),

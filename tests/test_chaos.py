@@ -262,6 +262,18 @@ def test_it_serves_from_a_process_of_its_own() -> None:
     assert (entry.outcome, entry.reported, entry.cost == books.cost > 0) == ("served", False, True)
 
 
+def test_without_anybody_at_its_other_end_it_serves_until_a_signal() -> None:
+    """In the background of a script its standard input is at its end from the beginning."""
+    command = [sys.executable, "-m", "bidbeam.connectors.chaos"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/count", timeout=5) as answer:  # noqa: S310
+            assert answer.status == 200
+        process.terminate()
+        assert process.wait(10) == 0
+
+
 def test_its_example_is_true(tmp_path: Path) -> None:
     """The example of the module's docstring, run as it stands there."""
     lines = (chaos.__doc__ or "").split("\n\n")[1]

@@ -19,6 +19,7 @@ from bidbeam.transforms.capacity_prices import ascend
 from bidbeam.transforms.clearing import _market as _market_of
 from bidbeam.transforms.clearing import clear
 from bidbeam.transforms.market import UNSERVED, Market, best_chain, greedy, unserved_cost
+from bidbeam.transforms.next_best import next_best
 from bidbeam.transforms.pair_exchange import exchange_pairs
 from bidbeam.transforms.scoring import rule_text
 
@@ -48,6 +49,20 @@ def test_the_lowest_bill_wins_although_its_list_price_is_not_the_lowest() -> Non
     assert award["price_paid"] == award["score"] == Decimal("9.90")
     assert award["reserved"] == Decimal(27)
     assert (award["payment_rule"], award["fx_rate"]) == ("pay_as_bid", 1)
+
+
+def test_a_lot_names_who_may_take_it_over_best_first() -> None:
+    """Of the pools besides winner and fallback three, by their score; none that may not serve the lot, and a runner-up
+    that the budget does not cover beside the winner among them."""
+    names = ("a", "b", "c", "d", "e", "f")
+    pools = [pool(name, input=str(1 + at), output="1") for at, name in enumerate(names)]
+    pools.append(pool("narrow", context=10, **CHEAP))
+    bids = make_bids(lots_of({}), pools, now=NOW)
+    assert next_best(clear(bids)).to_pylist() == [["c", "d", "e"]]
+    winner = bids.worst_case_cost(0)[0].as_py()
+    assert next_best(clear(bids, budget=winner)).to_pylist() == [["b", "c", "d"]]
+    alone = make_bids(lots_of({}), pools[:2], now=NOW)
+    assert next_best(clear(alone)).to_pylist() == [[]]
 
 
 def test_the_cheap_pool_fills_first_and_the_rest_overflows() -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_jobs import check_conserved, make_job, prompts, remote, written
-from test_shift import AT, HOURS, Scripted, Stage, places, pool, tags
+from test_shift import AT, HOURS, TOKENS, Scripted, Stage, places, pool, tags
 
 from bidbeam.connectors.doubles import OK, EndpointDouble, Reply, Seen
 from bidbeam.connectors.engine import RESULT_SCHEMA
@@ -357,18 +357,19 @@ def test_hedged_or_not_each_request_is_served_once_or_left_and_the_reserve_holds
     twice, none is hedged twice, and all that is charged fits in what was reserved."""
     chance = np.random.default_rng(seed)
     engines = dict[str, Slow]()
-    for at, name in enumerate(("near", "far")):
+    for at, name in enumerate(("near", "far", "third")):
         late = chance.choice(ROWS, 3, replace=False).tolist()
         odd = [*late, *chance.choice(ROWS, 2).tolist()]
         ends = {tag: _OUTCOMES[int(chance.integers(len(_OUTCOMES)))] for tag in odd}
         sits = {tag: int(chance.integers(1, 80)) for tag in late}
-        engines[name] = Slow(sits, deaf=deaf[at], outcome=partial(_outcome_of, ends))
-        engines[name].dies_after = dies[at]
-    stage = Stage(tmp_path_factory.mktemp("hedged"), ROWS)
+        engines[name] = Slow(sits, deaf=deaf[at % 2], outcome=partial(_outcome_of, ends))
+        engines[name].dies_after = dies[at % 2]
+    dear = {name: 3 * price for name, price in TOKENS.items()}
+    stage = Stage(tmp_path_factory.mktemp("hedged"), ROWS, (pool("near"), pool("far", dear), pool("third")))
     worst = ROWS * (20 * Decimal("1E-7") + 4 * Decimal("4E-7"))
     reserved = worst * part
-    task = replace(stage.task({"near": stage.plan.lots.num_rows}, "far"), reserved=reserved)
-    rows, unserved = stage.run(task, {**engines})
+    task = stage.task({"near": stage.plan.lots.num_rows}, "far", next_best=("third",))
+    rows, unserved = stage.run(replace(task, reserved=reserved), {**engines})
     served = tags(rows.filter(serving(rows)))
     assert len(set(served)) == len(served)
     final = set(tags(rows, error_class="caller"))

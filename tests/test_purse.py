@@ -93,12 +93,16 @@ class Crashing(Slow):
 
 
 def shift_of(stage: Stage, covered: int) -> ShiftTask:
-    """All lots to ``near``, with as much reserved as that may cost; the first ones may also go to ``far``."""
+    """All lots to ``near``, with as much reserved as that may cost; for the first ones ``far`` is reserved too, for the
+    others it is next best, as far as the money goes."""
     lots = stage.plan.lots.num_rows
     task = stage.task({"near": lots}, "far")
     ((award,),) = (task.awards,)
     names = pa.array(["far" if at < covered else None for at in range(lots)], pa.string())
+    next_best = pa.array([[] if at < covered else ["far"] for at in range(lots)], pa.list_(pa.string()))
     offered = award.lots.set_column(award.lots.schema.get_field_index("runner_up"), "runner_up", names)
+    offered = offered.drop_columns([name for name in ("next_best",) if name in offered.column_names])
+    offered = offered.append_column("next_best", next_best)
     reserved = worst_of(stage, "near", lots) + worst_of(stage, "far", covered)
     return replace(task, awards=(replace(award, lots=offered),), reserved=reserved)
 
@@ -125,6 +129,7 @@ def clear_up(stage: Stage) -> None:
 )
 @example(seed=1, fails=(0.45, 0.45), dies_after=None, how="gone", kind=Slow, spare="nothing")
 @example(seed=2, fails=(0.45, 0.45), dies_after=2, how="falls", kind=Slow, spare="all")
+@example(seed=3, fails=(0.0, 0.0), dies_after=2, how="falls", kind=Slow, spare="nothing")
 def test_no_hand_over_hedge_or_retry_passes_the_reserve(
     stage: Stage,
     seed: int,

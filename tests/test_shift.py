@@ -27,7 +27,8 @@ from bidbeam.transforms import engines as engine_slots
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
-from bidbeam.transforms.retrying import CHARGED_TRIES, TRIES
+from bidbeam.transforms.order import read_order
+from bidbeam.transforms.retrying import CHARGED_TRIES, TRIES, worst_case_of
 from bidbeam.transforms.shift import Shift
 from bidbeam.transforms.shift_task import Award, ShiftTask
 
@@ -139,11 +140,18 @@ class Stage:
         self.plan: Planned = make_plan(make_context(home, plan, lot_tokens=60, pools=self.pools, **keys), plan)
         self.context = self.plan.context
 
-    def task(self, split: dict[str, int], runner_up: str | None = None, round_: int = 1, **award: Any) -> ShiftTask:
+    def task(
+        self,
+        split: dict[str, int],
+        runner_up: str | None = None,
+        round_: int = 1,
+        next_best: tuple[str, ...] = (),
+        **award: Any,
+    ) -> ShiftTask:
         """The lots dealt in order: so many to each pool."""
-        offered = self.plan.lots.append_column(
-            "runner_up", pa.array([runner_up] * self.plan.lots.num_rows, pa.string())
-        )
+        lots = self.plan.lots.num_rows
+        offered = self.plan.lots.append_column("runner_up", pa.array([runner_up] * lots, pa.string()))
+        offered = offered.append_column("next_best", pa.array([next_best] * lots, pa.list_(pa.string())))
         awards, at = [], 0
         terms = {spec.name: {"m": terms_of(self.context, spec, "m")} for spec in self.pools}
         for name, count in split.items():
@@ -219,6 +227,53 @@ def test_a_pool_that_dies_hands_its_lots_to_the_runner_up(tmp_path: Path, how: s
     for row in worst.values():
         assert row["cost"] == row["input_tokens"] * Decimal("1E-7") + row["output_tokens"] * Decimal("4E-7") > 0
         assert (row["usage_source"], row["output_tokens"], row["error_class"]) == ("estimate", 4, "server")
+
+
+def test_a_dead_pool_s_lots_go_on_at_once_although_another_sits_on_its_requests(tmp_path: Path) -> None:
+    """Where the runner-up is gone too, the market's next best serves them in the same shift."""
+    stage = Stage(tmp_path, pools=tuple(pool(name) for name in ("near", "far", "third", "slow")))
+    lots = stage.plan.lots.num_rows
+    task = stage.task({"near": lots - 1, "slow": 1}, "far", next_best=("third",))
+    held = sorted(places(task.awards[1].lots))
+    asked: list[int] = []
+
+    class Sitting(Scripted):
+        """Answers once everything else was asked of somebody."""
+
+        def poll(self) -> list[pa.RecordBatch]:
+            self.holds = len(asked) < 24 - len(held) - 4
+            return super().poll()
+
+    class Third(Scripted):
+        def submit(self, requests: pa.RecordBatch) -> None:
+            asked.extend(requests.column("tag").to_pylist())
+            super().submit(requests)
+
+    slow, third = Sitting(), Third()
+    engines = {"near": Scripted(4, dies_after=0), "far": Scripted(4, dies_after=0), "third": third, "slow": slow}
+    rows, unserved = stage.run(task, engines)
+    lost = tags(rows, status="lost")
+    assert slow.tags == held
+    assert tags(rows, status="ok", pool="third") == sorted(third.tags) == sorted(asked)
+    assert tags(rows, status="ok") == sorted(set(range(24)) - set(lost))
+    assert places(unserved) == lost
+
+
+def test_the_reserve_bounds_who_takes_over(tmp_path: Path) -> None:
+    """Of a dead pool's lots a dearer one gets as many as their worst case leaves room for; the rest is left over."""
+    dear = {name: 2 * price for name, price in TOKENS.items()}
+    stage = Stage(tmp_path, pools=(pool("near"), pool("far", dear)))
+    lots = stage.plan.lots.num_rows
+    task = stage.task({"near": lots}, next_best=("far",))
+    every = np.arange(24)
+    worst = worst_case_of(read_order(stage.context, 0), every, estimated=True, terms=task.awards[0].terms["m"])
+    far = Scripted()
+    reserved = worst * 3 / 2
+    rows, unserved = stage.run(replace(task, reserved=reserved), {"near": Scripted(4, dies_after=4), "far": far})
+    assert 0 < len(far.tags) < 24 - 8
+    assert tags(rows, status="ok", pool="far") == sorted(far.tags)
+    assert places(unserved) == sorted(set(range(24)) - set(tags(rows, status="ok")))
+    assert sum((row["cost"] for row in rows.to_pylist()), Decimal(0)) <= reserved
 
 
 def test_a_dead_engine_paid_by_time_costs_its_seconds_and_no_tokens(tmp_path: Path) -> None:
@@ -400,6 +455,19 @@ def test_who_charges_for_something_unusable_is_asked_the_same_twice_at_most(tmp_
     assert places(unserved) == [4, 6]
     assert len({lot["lot_id"] for lot in unserved.to_pylist()}) == 2
     assert {lot["attempt_no"] for lot in unserved.to_pylist()} == {CHARGED_TRIES + 1, TRIES + 1}
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 3}, {"temperature": 1}])
+def test_an_unusable_answer_that_would_come_again_is_asked_of_another_pool(tmp_path: Path, sampling: Any) -> None:
+    """What leaves nothing to chance is not asked of the same pool twice in a round; a sample may turn out better."""
+    stage = Stage(tmp_path, 12, **sampling)
+    near, far = (Scripted(outcome=lambda tag: {"output": " "} if tag == 4 else {}) for _ in range(2))
+    lots = stage.plan.lots.num_rows
+    rows, unserved = stage.run(stage.task({"near": lots - 1, "far": 1}, "far"), {"near": near, "far": far})
+    twice = sampling == {"temperature": 1}
+    assert (near.tags.count(4), far.tags.count(4)) == ((2, 2) if twice else (1, 1))
+    assert tags(rows, status="ok") == [tag for tag in range(12) if tag != 4]
+    assert places(unserved) == [4]
 
 
 def test_a_retried_bundle_skips_what_it_settled(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from bidbeam.transforms.failures import reported
 from bidbeam.transforms.heartbeat import SoFar, so_far
 from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
+from bidbeam.transforms.next_best import next_best
+from bidbeam.transforms.outage import wait_out
 from bidbeam.transforms.region_check import undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
@@ -91,6 +93,7 @@ class _Clear(beam.DoFn):
             if decision is None:
                 ordered = pa.concat_tables(found or [LOT.empty_table()])
                 ordered = ordered.sort_by([("range", "ascending"), ("start", "ascending")])
+                wait_out(self._context, round_, ordered)
                 spent = self._context.spent + spent_on(segments)
                 decision = self._decide(round_, ordered, spent)
                 if decision is None:
@@ -266,7 +269,7 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
     specs = {spec.name: spec for spec in context.pools}
     names = [state.spec.name for state in cleared.bids.pools]
     fallback = pa.array([names[at] if at >= 0 else None for at in cleared.fallback], pa.string())
-    offered = lots.append_column("runner_up", fallback)
+    offered = lots.append_column("runner_up", fallback).append_column("next_best", next_best(cleared))
     terms = {(name, model): terms_of(context, spec, model) for name, spec in specs.items() for model in spec.models}
     models, by_shift = lots.column("model").to_pylist(), dict[int, list[Award]]()
     may_cost, bound = _may_cost(cleared), dict[int, Decimal]()

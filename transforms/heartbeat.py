@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,19 @@ def snapshot(lanes: Iterable[Lane]) -> dict[str, Any]:
             for lane in lanes
         ],
     }
+
+
+def note(scratch: Store, name: str, notes: Mapping[str, str]) -> None:
+    """Says something of pools, by name, that no shift is at work with."""
+    nothing = dict.fromkeys(
+        ("in_flight", "settled", "failed", "input_tokens", "cached_tokens", "output_tokens", "ideal_cached_tokens"), 0
+    )
+    pools = [
+        {**nothing, "pool": pool, "model": None, "cost": "0", "down": None, "strayed": False, "notes": [text]}
+        for pool, text in notes.items()
+    ]
+    with contextlib.suppress(OSError, StoreError):
+        scratch.replace(name_of(name), json.dumps({"at": datetime.now(UTC).isoformat(), "pools": pools}).encode())
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
-from bidbeam.transforms.output_checks import check_answers
+from bidbeam.transforms.output_checks import check_answers, would_repeat
 from bidbeam.transforms.region_check import check_regions
 from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
 
@@ -37,7 +37,8 @@ _LOST = "given up in flight: it may have been served, so it is booked at its wor
 
 Tags = np.ndarray[Any, np.dtype[np.int64]]
 Lot = dict[str, Any]
-"""One row of a LOT table, with ``runner_up``: the pool that gets it when its own goes down. A hedge's has ``kind``."""
+"""One row of a LOT table, with ``runner_up``, the pool that gets it when its own goes down, and ``next_best``, those
+that come after it. A hedge's has ``kind``."""
 
 
 @dataclass(slots=True)
@@ -102,6 +103,8 @@ class Lane:
     settled: int = 0
     failed: int = 0
     latencies: Latencies = field(default_factory=Latencies)
+    repeating: set[int] = field(default_factory=set)
+    """The requests to which it would give the same unusable answer again."""
     clock: Callable[[], float] = time.monotonic
     _opened: LotRequests | None = None
     _next: tuple[Lot, Future[LotRequests | None]] | None = None
@@ -410,6 +413,8 @@ class Lane:
             if results.num_rows:
                 checked = check_answers(requests.column("sampling"), results) if self.checks else results
                 self._weigh_answers(results, checked)
+                if checked is not results:
+                    self.repeating.update(would_repeat(requests.column("sampling"), results, checked))
                 results = checked
                 counted = self.recount(results) if self.recount is not None else None
                 milliseconds = busy if metered else None

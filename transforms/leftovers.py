@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,11 @@ class Leftovers:
         if len(tags):
             self._unsent.setdefault((lot["lot_id"], lot["attempt_no"]), _Left(lot)).add(tags, why, pool)
 
-    def note_failures(self, rows: pa.Table, stopped: Mapping[str, str]) -> None:
-        """Attempts (SEGMENT) that gave no answer; ``stopped`` are the pools that get no more, with why."""
+    def note_failures(
+        self, rows: pa.Table, stopped: Mapping[str, str], repeating: Mapping[str, Collection[int]]
+    ) -> None:
+        """Attempts (SEGMENT) that gave no answer; ``stopped`` are the pools that get no more, with why, and
+        ``repeating`` says by pool which requests it would fail in the same way again."""
         rows = rows.filter(pc.is_valid(rows.column("tag")))
         if rows.num_rows == 0:
             return
@@ -85,7 +88,8 @@ class Leftovers:
             # What we cancelled ourselves is no fault of the pool's.
             ours = error is None and pool in stopped
             if not ours:
-                self._retries.note(tag, pool, charged=charged, lost=lost)
+                repeats = tag in repeating.get(pool, ())
+                self._retries.note(tag, pool, charged=charged, lost=lost, repeats=repeats)
             left = self._failed.setdefault((lot_id, number), _Left({**self._lots[lot_id], "attempt_no": number}))
             left.add(np.array([tag]), stopped[pool] if ours else error or "server", None if ours else pool)
             left.pools |= self._retries.pools(tag)

@@ -51,6 +51,20 @@ def check_answers(sampling: pa.Array, results: pa.RecordBatch) -> pa.RecordBatch
     return _failed(results, problems) if problems else results
 
 
+def would_repeat(sampling: pa.Array, before: pa.RecordBatch, checked: pa.RecordBatch) -> list[int]:
+    """The tags of the answers that ``check_answers`` has turned down and that the same pool would give again: those of
+    requests that leave nothing to chance."""
+    bad = pc.and_(pc.equal(before.column("status"), "ok"), pc.not_equal(checked.column("status"), "ok"))
+    tags, texts = (column.filter(bad).to_pylist() for column in (checked.column("tag"), sampling))
+    return [tag for tag, text in zip(tags, texts, strict=True) if text is not None and _leaves_nothing_to_chance(text)]
+
+
+@lru_cache(maxsize=1024)
+def _leaves_nothing_to_chance(sampling: str) -> bool:
+    given = json.loads(sampling)
+    return given.get("temperature") == 0 or given.get("seed") is not None
+
+
 def _blank(texts: pa.Array) -> pa.Array:
     return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
 

@@ -42,16 +42,17 @@ class Purse:
             parts = ((lane, *part) for lane in self._lanes() for part in lane.unsettled())
             self._owed = sum((self._worst(lane.terms, lot, tags) for lane, lot, tags in parts), Decimal(0))
 
-    def promise(self, terms: Terms, lot: Lot, tags: Tags) -> bool:
+    def promise(self, terms: Terms, lot: Lot, tags: Tags, instead_of: Terms | None = None) -> bool:
         """Whether asking for these requests of a lot under ``terms`` is paid for by what is left once all that was
         promised since ``reckon``, and all that was out then, has ended at its worst; if so, that is promised too.
 
-        What is handed on to a runner-up needs no promise: the reserve holds a try on either pool (see ``clearing``),
-        and nothing that is promised here is handed on.
+        ``instead_of``: the terms under which they were to be asked when that was reckoned, and are not any more.
         """
         if self._reserved is None or terms.price.by_time:
             return True
         worst = self._worst(terms, lot, tags)
+        if instead_of is not None and not instead_of.price.by_time:
+            worst -= self._worst(instead_of, lot, tags)
         if self._bought + self._owed + worst > self._reserved:
             return False
         self._owed += worst

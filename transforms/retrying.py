@@ -1,9 +1,10 @@
 """Retries within a round: what failed is asked again, where that may end better, once everything else is done.
 
 The round owns the only retry budget. In it a request gets at most ``TRIES`` attempts, on the pool that won its lot and
-on the runner-up in turns, as long as these take requests and have answered most of them in this run. A pool that
-charged for something unusable is asked the same once more at most, and after the others; and an attempt that was lost
-is not followed by another: it may have been served. What still has no answer goes to the next round's auction.
+on those that the market found next best in turns, as long as these take requests and have answered most of them in
+this run. A pool that charged for something unusable is asked the same once more at most, and after the others, and not
+at all where it would answer the same again; and an attempt that was lost is not followed by another: it may have been
+served. What still has no answer goes to the next round's auction.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class Retries:
     def __init__(self) -> None:
         self._failures: dict[int, list[tuple[str, bool]]] = {}
         self._lost: set[int] = set()
+        self._repeats: set[tuple[int, str]] = set()
 
-    def note(self, tag: int, pool: str, *, charged: bool, lost: bool) -> None:
-        """A request failed: whether that was charged, and whether its outcome is not known at all."""
+    def note(self, tag: int, pool: str, *, charged: bool, lost: bool, repeats: bool = False) -> None:
+        """A request failed: whether that was charged, whether its outcome is not known at all, and whether the pool
+        would answer the same again."""
+        if repeats:
+            self._repeats.add((tag, pool))
         self._failures.setdefault(tag, []).append((pool, charged))
         if lost:
             self._lost.add(tag)
@@ -53,7 +58,7 @@ class Retries:
             return None
         asked = Counter(pool for pool, _ in failures)
         charged = Counter(pool for pool, charged in failures if charged)
-        left = [pool for pool in pools if charged[pool] < CHARGED_TRIES]
+        left = [pool for pool in pools if charged[pool] < CHARGED_TRIES and (tag, pool) not in self._repeats]
         return min(left, key=lambda pool: (charged[pool], asked[pool]), default=None)
 
 

@@ -68,6 +68,8 @@ class RunContext:
     """The payment rule of internal pools: see ``transforms.payments``."""
     hedging: bool = True
     """Whether the last stragglers of a shift are asked of a second pool: see ``transforms.hedging``."""
+    patience_s: float = 600.0
+    """Seconds that pools which have answered get to come back once none does: see ``transforms.outage``."""
     spent: Decimal = Decimal(0)
     """USD that earlier starts of the run have spent."""
     deadline_at: datetime | None = None

@@ -146,6 +146,10 @@ class Shift:
                 elif not pending or not any(lane.hungry for lane in self._lanes.values()):
                     self._wake.wait(_TICK_S)
                     self._wake.clear()
+            for lane in self._lanes.values():
+                if lane.closing:
+                    # It gave back what it was not asked for; now it says why.
+                    lane.poll()
             yield from self._flush(final=True)
             for slot in self._slots.values():
                 slot.booked()
@@ -318,22 +322,25 @@ class Shift:
             left = tags[~np.isin(tags, self._left.settled)]
             if len(left) == 0:
                 return None
-            lot = {**lot, "places": (left & 0xFFFFFFFF).astype("<u4").tobytes()}
+            lot = {**lot, "places": _places(left)}
         return self._door.open(lot, wants, ideal=self._context.rehearse, try_=self._try)
 
     # -- during ---------------------------------------------------------------------------------------------------
 
     def _hand_over(self, lane: Lane) -> None:
-        """Gives what a dead pool was not asked for to the runners-up, as far as they are alive; what a stopped one was
-        not asked for is left over."""
-        for lot, returned in lane.leftover():
+        """Gives what a dead pool was not asked for to the next best pools that are alive, as far as the reserve goes;
+        what a stopped one was not asked for is left over."""
+        left = lane.leftover()
+        if left and not lane.stopped:
+            self._purse.reckon()
+        for lot, returned in left:
             tags = returned if lot.get("kind") == HEDGE else self._not_hedged(lane, returned)
             if not len(tags):
                 continue
             if lane.stopped:
                 self._keep_unsent(lot, tags, lane.stopped)
-            elif (target := self._runner_up(lot)) is not None:
-                target.queue.append({**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes(), "runner_up": None})
+            elif (target := self._taker(lot, tags)) is not None:
+                target.queue.append(_handed_on(lot, tags, target.pool))
             else:
                 self._keep_unsent(lot, tags, "server", lane.pool)
 
@@ -373,35 +380,56 @@ class Shift:
             return
         if _AILING not in lane.notes:
             lane.notes.append(_AILING)
-        waiting: list[Lot] = []
+        parts = []
         for lot, tags in lane.leftover():
             if lot.get("kind") == HEDGE:
                 self._keep_unsent(lot, tags, "server")
-                continue
-            target, part = self._runner_up(lot), {**lot, "places": (tags & 0xFFFFFFFF).astype("<u4").tobytes()}
-            if target is not None and target is not lane and target.breaker.closed:
-                target.queue.append({**part, "runner_up": None})
             else:
-                waiting.append(part)
-        lane.queue.extend(waiting)
+                parts.append(({**lot, "places": _places(tags)}, tags))
+        lane.queue.extend(part for part, _ in parts)
+        if parts:
+            self._purse.reckon()
+        moved = set[int]()
+        for part, tags in parts:
+            if (target := self._taker(part, tags, instead_of=lane)) is not None:
+                target.queue.append(_handed_on(part, tags, target.pool))
+                moved.add(id(part))
+        lane.queue = deque(part for part in lane.queue if id(part) not in moved)
 
-    def _runner_up(self, lot: Lot) -> Lane | None:
-        """The lane that may take a lot over, where there is one and it takes requests."""
-        pool = lot.get("runner_up")
-        terms = self._task.runner_up_terms.get((pool or "", lot["model"]))
-        if pool is None or terms is None or not self._may(pool, lot):
+    def _taker(self, lot: Lot, tags: Tags, instead_of: Lane | None = None) -> Lane | None:
+        """The lane that takes these requests of a lot over, paid for by the reserve: the market's next best first.
+
+        ``instead_of`` has them still to send; what it would owe for them is free again, and only who answers gets them.
+        """
+        lanes = [lane for pool in _after_winner(lot) if (lane := self._lane_for(pool, lot)) is not None]
+        well = [lane for lane in lanes if lane.breaker.closed and lane is not instead_of]
+        others = [] if instead_of is not None else [lane for lane in lanes if not lane.breaker.closed]
+        before = None if instead_of is None else instead_of.terms
+        promised = (lane for lane in (*well, *others) if self._purse.promise(lane.terms, lot, tags, instead_of=before))
+        return next(promised, None)
+
+    def _lane_for(self, pool: str, lot: Lot) -> Lane | None:
+        """A pool's lane, opened where need be, if it may have a lot that another pool won, and takes requests."""
+        terms = self._task.runner_up_terms.get((pool, lot["model"]))
+        if terms is None or not self._may(pool, lot):
             return None
-        there = [lane for key, lane in self._lanes.items() if key[:2] == (pool, lot["model"]) and lane.open]
+        there = self._open_lanes_of(pool, lot["model"])
         if self._context.max_cost is not None and terms.price.by_time:
             # Its time is reserved by the award: without one in this shift nobody would stop it.
             return next((lane for lane in there if lane.reserved_ms is not None), None)
         if there:
             return there[0]
+        if pool != lot.get("runner_up") and self._specs[pool].kind != "openai":
+            # No engine is loaded, no node rented, no batch sent at a pool that the market did not choose for it.
+            return None
         try:
             lane = self._lane(pool, lot["model"], 0, terms, None)
         except PoolDown:
             return None
         return lane if lane.open else None
+
+    def _open_lanes_of(self, pool: str, model: str) -> list[Lane]:
+        return [lane for key, lane in self._lanes.items() if key[:2] == (pool, model) and lane.open]
 
     def _may(self, pool: str, lot: Lot) -> bool:
         """Placement's second wall: whatever the market said, nothing goes where it may not."""
@@ -421,7 +449,12 @@ class Shift:
         self._left.keep_unsent(lot, tags, why, pool)
 
     def _note_failures(self, rows: pa.Table) -> None:
-        self._left.note_failures(rows, {lane.pool: lane.stopped for lane in self._lanes.values() if lane.stopped})
+        lanes = self._lanes.values()
+        stopped = {lane.pool: lane.stopped for lane in lanes if lane.stopped}
+        repeating: dict[str, set[int]] = {}
+        for lane in lanes:
+            repeating[lane.pool] = repeating.get(lane.pool, set()) | lane.repeating
+        self._left.note_failures(rows, stopped, repeating)
 
     def _check_walls(self, stop_at: float | None) -> float | None:
         """Deadline, reserved money and time, interruption: who gets no more, and what is cancelled."""
@@ -486,15 +519,8 @@ class Shift:
 
     def _lanes_for(self, lot: Lot) -> Iterator[Lane]:
         """The lanes that the market found good for a lot, its own first, as far as they take and answer requests."""
-        for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
-            lane = next(
-                (
-                    lane
-                    for key, lane in self._lanes.items()
-                    if key[:2] == (pool, lot["model"]) and lane.open and lane.breaker.closed
-                ),
-                None,
-            )
+        for pool in (self._won.get(lot["lot_id"]), *_after_winner(lot)):
+            lane = next((each for each in self._open_lanes_of(pool or "", lot["model"]) if each.breaker.closed), None)
             # What is gathered for a batch takes hours to come back: that is for the next round to weigh.
             if lane is not None and not isinstance(lane.engine, Lasting) and self._answers(lane):
                 yield lane
@@ -530,8 +556,8 @@ class Shift:
             target = self._second_pool(lane, lot, tag)
             if target is None or not self._purse.promise(target.terms, lot, np.array([tag])):
                 continue
-            place = np.array([tag & 0xFFFFFFFF], "<u4").tobytes()
-            target.queue.append({**lot, "attempt_no": number + 1, "places": place, "runner_up": None, "kind": HEDGE})
+            hedge = _handed_on({**lot, "attempt_no": number + 1, "kind": HEDGE}, np.array([tag]), target.pool)
+            target.queue.append(hedge)
             self._hedges.add(Hedge(tag, (lane.pool, target.pool), "primary" if number == 1 else "retry", number + 1))
 
     def _in_tail(self) -> bool:
@@ -543,15 +569,14 @@ class Shift:
         return 0 < out * TAIL <= sum(lane.submitted for lane in lanes) and not any(lane.waiting for lane in lanes)
 
     def _second_pool(self, lane: Lane, lot: Lot, tag: int) -> Lane | None:
-        """The other of the two pools that the market found best for a lot, where it is well and at hand."""
-        for pool in (self._won.get(lot["lot_id"]), lot.get("runner_up")):
+        """The best other pool for a lot, by the market's judgement, that is well and at hand."""
+        for pool in (self._won.get(lot["lot_id"]), *_after_winner(lot)):
             if pool is None or pool == lane.pool or pool in self._left.failed_on(tag):
                 continue
-            at_hand = any(key[:2] == (pool, lot["model"]) and each.open for key, each in self._lanes.items())
-            if not at_hand and self._specs[pool].kind != "openai":
+            if not self._open_lanes_of(pool, lot["model"]) and self._specs[pool].kind != "openai":
                 # No engine is loaded, no node rented, no batch sent for the sake of a hedge.
                 continue
-            target = self._runner_up({**lot, "runner_up": pool})
+            target = self._lane_for(pool, lot)
             if target is not None and target.takes_at_once:
                 return target
         return None
@@ -589,6 +614,23 @@ class Shift:
         """Segments that are on the store, in order; waits until no more than ``keep`` are not."""
         while self._writing and (len(self._writing) > keep or self._writing[0].done()):
             yield ShiftResult(segment=self._writing.popleft().result())
+
+
+def _after_winner(lot: Lot) -> list[str]:
+    """The pools that the market would give a lot to after its winner, the best first."""
+    runner_up = lot.get("runner_up")
+    return [*([] if runner_up is None else [runner_up]), *(lot.get("next_best") or ())]
+
+
+def _handed_on(lot: Lot, tags: Tags, pool: str) -> Lot:
+    """These requests of a lot as ``pool`` gets them from another; who comes after it stays known."""
+    left = [name for name in _after_winner(lot) if name != pool]
+    return {**lot, "places": _places(tags), "runner_up": None, "next_best": left}
+
+
+def _places(tags: Tags) -> bytes:
+    """A lot's places as its tags give them."""
+    return (tags & 0xFFFFFFFF).astype("<u4").tobytes()
 
 
 def _last_failures(rows: pa.Table) -> pa.Table:

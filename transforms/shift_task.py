@@ -12,7 +12,8 @@ from bidbeam.transforms.settling import Terms
 
 @dataclass(frozen=True, slots=True)
 class Award:
-    """One pool's part of a shift: its lots in order (LOT plus ``runner_up``), under terms frozen at the award."""
+    """One pool's part of a shift: its lots in order (LOT plus ``runner_up`` and ``next_best``), under terms frozen at
+    the award."""
 
     pool: str
     replica: int

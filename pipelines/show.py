@@ -65,9 +65,15 @@ def _tokens(summary: RunSummary) -> str:
     if summary.cached_tokens is not None:
         text += f"; {summary.cached_tokens:,} from cache"
         if summary.ideal_cached_tokens:
-            share = 100 * summary.cached_tokens / summary.ideal_cached_tokens
-            text += f", {share:.1f}% of the ideal {summary.ideal_cached_tokens:,}"
+            text += f", {_of_ideal(summary.cached_tokens, summary.ideal_cached_tokens)}"
     return text
+
+
+def _of_ideal(cached: int, ideal: int) -> str:
+    if cached <= ideal:
+        return f"{100 * cached / ideal:.1f}% of the ideal {ideal:,}"
+    # The ideal is of this run's prompts alone, as we count them.
+    return f"more than the {ideal:,} that its prompts share: caches held some before, or count otherwise"
 
 
 def _saved(cost: Decimal, baseline: Decimal | None) -> str:

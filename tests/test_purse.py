@@ -98,10 +98,11 @@ def shift_of(stage: Stage, covered: int) -> ShiftTask:
     lots = stage.plan.lots.num_rows
     task = stage.task({"near": lots}, "far")
     ((award,),) = (task.awards,)
-    names = pa.array(["far" if at < covered else None for at in range(lots)], pa.string())
+    offered = award.lots.drop_columns(["runner_up", "next_best"])
+    offered = offered.append_column(
+        "runner_up", pa.array(["far" if at < covered else None for at in range(lots)], pa.string())
+    )
     next_best = pa.array([[] if at < covered else ["far"] for at in range(lots)], pa.list_(pa.string()))
-    offered = award.lots.set_column(award.lots.schema.get_field_index("runner_up"), "runner_up", names)
-    offered = offered.drop_columns([name for name in ("next_best",) if name in offered.column_names])
     offered = offered.append_column("next_best", next_best)
     reserved = worst_of(stage, "near", lots) + worst_of(stage, "far", covered)
     return replace(task, awards=(replace(award, lots=offered),), reserved=reserved)

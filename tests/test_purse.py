@@ -174,7 +174,7 @@ def test_a_bundle_that_is_tried_again_has_what_the_first_try_left(stage: Stage, 
     working._dispatcher.shutdown()
     working._writer.shutdown()
     again = Slow(outcome=Charging(stage, 2, 0.0))
-    spent, left = worked(stage, task, {"near": again})
+    spent, left = worked(stage, task, {"near": again, "far": Slow()})
     assert spent <= task.reserved
     assert again.tags
     assert set(left.column("last_error").to_pylist()) == {"budget"}

@@ -119,7 +119,7 @@ def clear_up(stage: Stage) -> None:
         shutil.rmtree(Path(stage.context.scratch.url) / left, ignore_errors=True)
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     fails=st.tuples(*[st.sampled_from([0.0, 0.3, 0.45])] * 2),

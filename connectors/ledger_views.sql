@@ -51,7 +51,7 @@ SELECT
     request.run_id, runs.run_date, request.request_id, request.source_file, request.source_row, request.lot_id,
     request.tenant, request.status, request.reason, request.shared_with,
     last_attempt.pool, last_attempt.model, last_attempt.input_tokens, last_attempt.cached_tokens,
-    last_attempt.output_tokens,
+    last_attempt.output_tokens, last_attempt.usage_source,
     coalesce(tried.attempts, 0) AS attempts,
     CASE WHEN charged.request_id IS NULL THEN CAST(0 AS DECIMAL(38, 18)) ELSE charged.cost END AS cost,
     request.tags
@@ -121,6 +121,7 @@ GROUP BY run_id, run_date, tag, "value";
 
 -- Each request against each baseline of its run: what the tokens of the attempt that served it cost at that list's
 -- prices. Without a cached price, cached tokens cost what others do; without reported cached tokens, none were cached.
+-- Tokens that are only estimated are compared with nothing. A shared answer is compared as often as it is used.
 -- A list may price each model by itself; a request of a model that it has no price of has no baseline_cost.
 CREATE OR REPLACE VIEW savings AS
 WITH listed AS (
@@ -141,7 +142,7 @@ WITH listed AS (
     SELECT
         request.run_id, request.run_date, request.request_id, request.pool, request.model, request.status,
         request.shared_with, named.baseline, request.cost, request.tags,
-        CASE WHEN request.status = 'served' THEN CAST(
+        CASE WHEN request.status = 'served' AND request.usage_source <> 'estimate' THEN CAST(
             (request.input_tokens - coalesce(request.cached_tokens, 0)) * listed.input_price
             + coalesce(request.cached_tokens, 0) * coalesce(listed.cached_price, listed.input_price)
             + request.output_tokens * listed.output_price

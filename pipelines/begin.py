@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,27 +16,24 @@ from typing import Any, Self
 
 import bidbeam
 from bidbeam.connectors import registry
-from bidbeam.connectors.errors import AlreadyExists, BidbeamError, ModelError, StoreError
+from bidbeam.connectors.errors import BidbeamError, ModelError
 from bidbeam.connectors.inputs import InputPlan, is_openai_batch, plan_input
 from bidbeam.connectors.ledger_writer import ensure_ledger
 from bidbeam.connectors.model_files import prepare_model
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.connectors.store import Store
+from bidbeam.pipelines.earlier import Earlier, take_over
 from bidbeam.pipelines.job import Job, check_fx, check_input, check_keys
 from bidbeam.pipelines.known import known_pools
 from bidbeam.pipelines.lease import Lease
 from bidbeam.pipelines.resolving import resolve
 from bidbeam.transforms import stopping
 from bidbeam.transforms.charging import Baseline
-from bidbeam.transforms.compaction import compact
-from bidbeam.transforms.decisions import refuse_pickles
-from bidbeam.transforms.dispatch import book_open
 from bidbeam.transforms.engines import slot_for
 from bidbeam.transforms.finishing import RunRecord, note_status, read_manifest
-from bidbeam.transforms.journal import answered_and_failed, sound_segments
 from bidbeam.transforms.region_check import believed
 from bidbeam.transforms.rendering import RenderSpec
-from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext, start_of
+from bidbeam.transforms.run_context import FxQuote, ModelFacts, RunContext
 
 _RANGE_ROWS = 131_072
 _RANGE_BYTES = 64 << 20
@@ -114,8 +110,9 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
         manifest = read_manifest(run_dir)
         if not rehearse:
             give_back_nodes(job, run_dir.child("_journal"), manifest)
+        earlier = take_over(run_dir.child("_journal"), manifest, job.run_id)
         context = replace(
-            make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, manifest=manifest),
+            make_context(job, plan, spec, facts, run_dir, ledger, started_at, rehearse=rehearse, earlier=earlier),
             known=known_pools(job, ledger, started_at),
         )
         record = RunRecord(
@@ -126,7 +123,7 @@ def begin(job: Job, *, rehearse: bool = False, warm: bool = True, now: datetime 
             fingerprint=plan.fingerprint,
             parent_run_id=job.parent_run_id,
         )
-        if manifest is not None and not _more_to_do(manifest, plan):
+        if manifest is not None and not more_to_do(manifest, plan):
             lease.release()
             return Begun(context, plan, record, None, manifest)
         if warm:
@@ -154,7 +151,7 @@ def give_back_nodes(job: Job, journal: Store, manifest: Mapping[str, Any] | None
         recover_leases(journal, job.pools, quotes, ended_start=None if manifest is None else int(manifest["starts"]))
 
 
-def _more_to_do(manifest: Mapping[str, Any], plan: InputPlan) -> bool:
+def more_to_do(manifest: Mapping[str, Any], plan: InputPlan) -> bool:
     """Whether a start after one that ended has anything to do: new rows, or dead letters that may yet be answered."""
     from bidbeam.connectors.schemas import RETRYABLE_REASONS
 
@@ -253,24 +250,12 @@ def make_context(
     started_at: datetime,
     *,
     rehearse: bool,
-    manifest: Mapping[str, Any] | None,
+    earlier: Earlier,
 ) -> RunContext:
     """The context of the next start of this run."""
-    journal = run_dir.child("_journal")
-    ended = None if manifest is None else int(manifest["starts"])
-    if ended is not None:
-        # That start may have been cut short while it tidied up.
-        compact(journal, ended)
-    refuse_pickles(journal, job.run_id)
-    earlier = sound_segments(journal)
-    for start in sorted({start_of(entry.name) for entry in journal.list("start-")}):
-        # A start that was cut short had requests in flight: from here on they count as spent.
-        earlier += book_open(journal, f"start-{start:03d}")
-    starts = [ended or 0, *(start_of(entry.name) for entry in journal.list("start-"))]
-    spent = sum((segment.cost for segment in earlier), Decimal(0 if manifest is None else manifest["cost"]))
     contexts = longest_contexts(job, facts)
     size = sum(split.size_bytes for split in plan.splits)
-    trusted = believed(journal, job.pools)
+    trusted = believed(run_dir.child("_journal"), job.pools)
     for void, pool in zip(trusted, job.pools, strict=True):
         if void != pool:
             _log.warning(
@@ -284,7 +269,7 @@ def make_context(
     return RunContext(
         run_id=job.run_id,
         run_date=job.run_date,
-        start=max(starts) + 1,
+        start=earlier.start,
         started_at=started_at,
         run_dir=run_dir,
         ledger=ledger,
@@ -293,7 +278,7 @@ def make_context(
         pools=pools,
         input_schema=plan.schema,
         storage=job.storage,
-        seed=_seed(journal),
+        seed=earlier.seed,
         rows=plan.rows,
         ranges=max(1, -(-plan.rows // _RANGE_ROWS), -(-size // _RANGE_BYTES)),
         rounds=job.auction.rounds,
@@ -304,16 +289,17 @@ def make_context(
         payment=job.auction.payment,
         hedging=job.auction.hedging,
         patience_s=job.auction.patience.total_seconds(),
-        spent=spent,
-        answered=answered_and_failed(earlier),
+        spent=earlier.spent,
+        answered=earlier.answered,
         deadline_at=job.deadline_at(started_at),
         tags=json.dumps(dict(job.tags), sort_keys=True) if job.tags else None,
         baseline=counted[0] if counted else None,
         other_baselines=counted[1:],
         origins=job.origins,
         samples=asks_for_samples(job, plan),
-        has_history=bool(earlier) or ended is not None,
-        ended_start=ended,
+        has_history=earlier.has_history,
+        ended_start=earlier.ended,
+        damaged=earlier.damaged,
         fx={c: FxQuote(r.rate, r.source, r.at) for c, r in job.fx.items()},
     )
 
@@ -349,23 +335,3 @@ def baselines(job: Job) -> tuple[Baseline, ...]:
         )
         by_name.setdefault(spec.name, []).append(each)
     return tuple(replace(same[0], also=tuple(same[1:])) for same in by_name.values())
-
-
-def _seed(journal: Store) -> int:
-    """The secret of the run's content keys: made once, kept beside the prompts it protects."""
-    if not journal.exists("seed"):
-        if journal.list("start-") or journal.list("answers/"):
-            raise StoreError(_SEEDLESS.format(f"{journal.url_of('seed')} is gone", journal.url))
-        # Another start may be as quick: whoever was first made the seed.
-        with contextlib.suppress(AlreadyExists):
-            journal.create("seed", secrets.token_hex(8).encode())
-    try:
-        return int(journal.read("seed"), 16)
-    except ValueError:
-        raise StoreError(_SEEDLESS.format(f"{journal.url_of('seed')} is damaged", journal.url)) from None
-
-
-_SEEDLESS = (
-    "{}: without it no answer in the journal is known to be whose. Restore it, or remove {}: then everything is asked "
-    "and paid for again"
-)

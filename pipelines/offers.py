@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,10 @@ import pyarrow.compute as pc
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import METERS, PoolSpec
 from bidbeam.pipelines.progress import usd
+from bidbeam.pipelines.quoted_rows import Behind
 from bidbeam.pipelines.summary import QuotePool
+from bidbeam.transforms.lots import TAKEN_OVER
+from bidbeam.transforms.pricing import bill
 from bidbeam.transforms.reputation import Reputation
 from bidbeam.transforms.run_context import RunContext
 
@@ -72,7 +75,33 @@ def expected_bill(context: RunContext, decision: Decision) -> dict[str, Decimal]
     for spec in context.pools:
         if spec.name in found:
             found[spec.name] += _overhead_cost(context, spec)
+    for spec, lots in _at_providers(context, decision):
+        found[spec.name] = found.get(spec.name, Decimal(0)) + sum_decimal(_bills(context, spec, lots))
     return found
+
+
+def _at_providers(context: RunContext, decision: Decision) -> Iterator[tuple[PoolSpec, pa.Table]]:
+    """Pools with the lots (LOT) that earlier starts have handed them in batches: these are collected, not auctioned."""
+    for task in decision.tasks:
+        for award in task.awards:
+            lots = award.lots.filter(pc.ends_with(award.lots.column("lot_id"), TAKEN_OVER))
+            if lots.num_rows:
+                yield next(spec for spec in context.pools if spec.name == award.pool), lots
+
+
+def _bills(context: RunContext, spec: PoolSpec, lots: pa.Table, *, worst: bool = False) -> pa.Array:
+    """What each of these lots (LOT) may be expected to cost on a pool, or would cost at worst (COST)."""
+    from bidbeam.transforms.expecting import LotColumns, expected_usage, worst_usage
+
+    usage = (worst_usage if worst else expected_usage)(LotColumns.of(lots), _state(context, spec))
+    return bill(usage, spec.price, context.fx_rates.get(spec.price.currency, Decimal(1)))
+
+
+def overhead_unknown(context: RunContext, pool: str) -> bool:
+    """Whether a pool is an engine of which nothing says how long it loads and idles: no bill of it has that in it."""
+    spec = next(each for each in context.pools if each.name == pool)
+    seen = (context.known.get((pool, model), Reputation()) for model in spec.models)
+    return spec.price.by_time and spec.kind == "vllm" and all(each.overhead_s is None for each in seen)
 
 
 def _overhead_cost(context: RunContext, spec: PoolSpec) -> Decimal:
@@ -90,7 +119,7 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
     In a round it may be charged ``CHARGED_TRIES`` times by the pool that won it and as often by the runner-up, where
     there is one; whoever serves it asks at most the dearest of the lot's worst cases. Engines paid by time may load and
     idle for as long as a budget lets them; without a budget nothing bounds the time of one that may serve a lot. A
-    budget bounds it all.
+    budget, as far as earlier starts have left of it, bounds it all.
     """
     from bidbeam.transforms.bid import held_s
     from bidbeam.transforms.retrying import CHARGED_TRIES
@@ -108,6 +137,11 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
         total += (rounds - 1) * sum_decimal(dearest.drop_null())
         total += rounds * sum_decimal(dearest.filter(several))
     total *= CHARGED_TRIES
+    for spec, lots in _at_providers(context, decision):
+        total += sum_decimal(_bills(context, spec, lots, worst=True))
+        # What the batch does not answer is bought in the rounds after this one.
+        anew = [_bills(context, each, lots, worst=True) for each in context.pools if not each.price.by_time]
+        total += (rounds - 1) * 2 * CHARGED_TRIES * sum_decimal(pc.max_element_wise(*anew))
     if context.max_cost is None:
         return total
     for spec in timed:
@@ -116,7 +150,31 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
         # Each model is loaded by engines of its own.
         seconds *= sum(model in context.models for model in spec.models)
         total += spec.price.unit_prices["accelerator_second"] * Decimal(seconds) * rate
-    return min(total, context.max_cost)
+    return min(total, max(context.max_cost - context.spent, Decimal(0)))
+
+
+def baseline_bill(context: RunContext, decision: Decision, behind: Mapping[str, Behind]) -> Decimal | None:
+    """The baseline's bill (USD) for what the awards are expected to use, and again for the rows ``behind`` each lot,
+    which share its answers; None where there is no baseline, no award, or no price of a model."""
+    awards, bids, lots = (decision.tables[name] for name in ("awards", "bids", "lots"))
+    if context.baseline is None or not awards.num_rows:
+        return None
+    by_lot = {lot["lot_id"]: lot for lot in lots.to_pylist()}
+    cached, output = (_by_lot_and_pool(bids, name) for name in ("expected_cached_tokens", "expected_output_tokens"))
+    total = Decimal(0)
+    for won in zip(_texts(awards, "lot_id"), _texts(awards, "pool"), strict=True):
+        lot, more = by_lot[won[0]], behind.get(won[0], Behind())
+        baseline = context.baseline.of(lot["model"])
+        if baseline is None:
+            return None
+        input_, answers = lot["input_tokens"] + more.input_tokens, lot["requests"] + more.rows
+        # Whoever shares an answer is counted as who got it: with as much of it from the cache, and as long.
+        reused = 0 if baseline.cached_input is None else cached[won] * input_ // max(lot["input_tokens"], 1)
+        most = lot["max_output_tokens"]
+        told = output[won] * (most + more.max_output_tokens) // max(most, 1)
+        total += (input_ - reused) * baseline.input + reused * (baseline.cached_input or 0) + told * baseline.output
+        total += answers * (baseline.request or 0)
+    return total
 
 
 def _offer(context: RunContext, spec: PoolSpec, mine: pa.Table, offered: pa.Table, lots: pa.Table) -> QuotePool:
@@ -221,7 +279,7 @@ def _texts(table: pa.Table, column: str) -> Sequence[str]:
     return texts
 
 
-def _by_lot_and_pool(bids: pa.Table, column: str) -> dict[tuple[str, str], Decimal]:
+def _by_lot_and_pool(bids: pa.Table, column: str) -> dict[tuple[str, str], Any]:
     may = bids.filter(bids.column("eligible"))
     keys = zip(_texts(may, "lot_id"), _texts(may, "pool"), strict=True)
     return dict(zip(keys, may.column(column).to_pylist(), strict=True))

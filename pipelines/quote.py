@@ -1,38 +1,58 @@
-"""Quote: plans the run in a scratch directory of this machine and clears one round of the market; sends nothing."""
+"""Quote: plans the run in a scratch directory of this machine and clears one round of the market; sends nothing.
+
+What earlier starts of the run have settled is looked up in its journal, as the run would, and not priced again.
+"""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bidbeam.connectors.inputs import plan_input
 from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.schemas import AUCTIONS, AWARDS, BIDS, LOTS
 from bidbeam.connectors.store import Store
-from bidbeam.pipelines.begin import make_context, model_facts, places, prepare_models, render_spec
+from bidbeam.pipelines.begin import make_context, model_facts, more_to_do, places, prepare_models, render_spec
+from bidbeam.pipelines.earlier import look_at
 from bidbeam.pipelines.job import Job, check_fx, check_input
 from bidbeam.pipelines.known import known_pools
-from bidbeam.pipelines.offers import expected_bill, least_budget, offers, worst_bill
+from bidbeam.pipelines.offers import (
+    baseline_bill,
+    expected_bill,
+    least_budget,
+    offers,
+    overhead_unknown,
+    worst_bill,
+)
+from bidbeam.pipelines.quoted_rows import count_rows
 from bidbeam.pipelines.resolving import resolve
 from bidbeam.pipelines.summary import Quote
+from bidbeam.transforms.finishing import read_manifest
 from bidbeam.transforms.run_context import RunContext
 
 if TYPE_CHECKING:
     from bidbeam.connectors.inputs import InputPlan
     from bidbeam.transforms.decisions import Decision
+    from bidbeam.transforms.merging import RangeRef
+    from bidbeam.transforms.spilling import SpillRef
+
+_MARKET = {"lots": LOTS, "bids": BIDS, "awards": AWARDS, "auctions": AUCTIONS}
 
 
 def quote_job(job: Job, *, rehearse: bool = False, now: datetime | None = None) -> Quote:
-    """What the run would buy, from whom, for how much and by when; ``rehearse``: what its rehearsal would.
+    """What the run would still buy, from whom, for how much and by when; ``rehearse``: what its rehearsal would.
 
-    Rests on what the ledger's earlier runs showed of the pools. Raises UsageError as the run itself would.
+    Rests on what the ledger's earlier runs showed of the pools, and on what earlier starts of this run have settled.
+    Raises UsageError as the run itself would.
     """
     started_at = now or datetime.now(UTC)
     job = resolve(job, started_at)
@@ -43,16 +63,44 @@ def quote_job(job: Job, *, rehearse: bool = False, now: datetime | None = None) 
         spec = render_spec(job, plan)
         check_input(job, spec, plan.schema)
         facts = model_facts(job, {name: future.result() for name, future in models.items()}, rehearse=True)
+        run_dir, ledger = places(job, rehearse=rehearse)
+        manifest = read_manifest(run_dir)
         context = make_context(
-            job, plan, spec, facts, Store.at(scratch), Store.at(f"{scratch}/ledger"), started_at,
-            rehearse=True, manifest=None,
+            job, plan, spec, facts, run_dir, Store.at(f"{scratch}/ledger"), started_at,
+            rehearse=True, earlier=look_at(run_dir.child("_journal"), manifest),
         )  # fmt: skip
-        context = replace(context, known=known_pools(job, places(job, rehearse=rehearse)[1], started_at))
-        counts, decision = _plan(replace(context, rounds=1), plan)
-        return _quote(job, context, counts, decision)
+        if manifest is not None and not more_to_do(manifest, plan):
+            return _nothing_to_do(context, manifest)
+        known = known_pools(job, ledger, started_at)
+        context = replace(context, known=known, scratch_home=Store.at(scratch))
+        planned, decision = _plan(replace(context, rounds=1), plan)
+        return _quote(job, context, planned, decision)
 
 
-def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision | None]:
+def _nothing_to_do(context: RunContext, manifest: Mapping[str, Any]) -> Quote:
+    return Quote(
+        run_id=context.run_id,
+        requests=context.rows,
+        input_tokens=0,
+        ideal_cached_tokens=0,
+        estimated=False,
+        dead_invalid=manifest["dead"].get("invalid", 0),
+        settled=context.rows - manifest["dead"].get("invalid", 0),
+        expected_cost=Decimal(0),
+        worst_case_cost=Decimal(0),
+        spent=context.spent,
+        budget=context.max_cost,
+    )
+
+
+class _Planned(NamedTuple):
+    """What planning found: rows that were bad when they were read, and the ranges that have an order."""
+
+    unread: int
+    ranges: Sequence[int]
+
+
+def _plan(context: RunContext, plan: InputPlan) -> tuple[_Planned, Decision | None]:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -62,7 +110,6 @@ def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision 
     from bidbeam.transforms.plan_lots import PlanLots
     from bidbeam.transforms.read_prompts import ReadPrompts
 
-    found: Counter[str] = Counter()
     try:
         with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
             planned = pipeline | "Read" >> ReadPrompts(plan.splits) | "Plan" >> PlanLots(context, plan.splits)
@@ -79,9 +126,7 @@ def _plan(context: RunContext, plan: InputPlan) -> tuple[Counter[str], Decision 
         if cause is not None:
             raise cause from error
         raise
-    if context.scratch.exists(_COUNTS):
-        found.update(read_counts(context.scratch.read(_COUNTS)))
-    return found, decisions.load(context, 1)
+    return _Planned(**json.loads(context.scratch.read(_COUNTS))), decisions.load(context, 1)
 
 
 _COUNTS = "counts.json"
@@ -96,66 +141,60 @@ def _interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def read_counts(data: bytes) -> dict[str, int]:
-    """The counts that ``_write_counts`` wrote."""
-    import json
-
-    counts: dict[str, int] = json.loads(data)
-    return counts
-
-
-def _write_counts(context: RunContext, spills: Sequence[Any], ranges: Sequence[Any]) -> Iterator[None]:
-    import json
-
-    counts = {
-        "dead": sum(spill.dead for spill in spills),
-        "input_tokens": sum(spill.input_tokens for spill in spills),
-        "ideal_cached_tokens": sum(ref.ideal_cached_tokens for ref in ranges),
-    }
-    context.scratch.replace(_COUNTS, json.dumps(counts).encode())
+def _write_counts(context: RunContext, spills: Sequence[SpillRef], ranges: Sequence[RangeRef]) -> Iterator[None]:
+    counts = _Planned(sum(spill.dead for spill in spills), sorted(ref.range for ref in ranges))
+    context.scratch.replace(_COUNTS, json.dumps(counts._asdict()).encode())
     yield from ()
 
 
-def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decision | None) -> Quote:
-    estimated = any(facts.directory is None for facts in context.models.values())
+def _quote(job: Job, context: RunContext, planned: _Planned, decision: Decision | None) -> Quote:
+    tables: dict[str, pa.Table] = {name: schema.empty_table() for name, schema in _MARKET.items()}
+    found: list[pa.Table] = []
+    if decision is not None:
+        # Where all that is left is at providers already, there was no auction.
+        decision = replace(decision, tables=tables | decision.tables)
+        tables = decision.tables
+        found = [award.lots for task in decision.tasks for award in task.awards]
+        found += [decision.waiting, decision.refused]
+    rows = count_rows(context, planned.ranges, found)
     common: dict[str, Any] = {
         "run_id": job.run_id,
         "requests": context.rows,
-        "input_tokens": counts["input_tokens"],
-        "ideal_cached_tokens": counts["ideal_cached_tokens"],
-        "estimated": estimated,
-        "dead_invalid": counts["dead"],
+        "to_ask": sum(pc.sum(table.column("requests")).as_py() or 0 for table in found),
+        "settled": rows.settled,
+        "shared": rows.shared,
+        "input_tokens": pc.sum(tables["lots"].column("input_tokens")).as_py() or 0,
+        "ideal_cached_tokens": pc.sum(tables["lots"].column("ideal_cached_tokens")).as_py() or 0,
+        "estimated": any(facts.directory is None for facts in context.models.values()),
+        "dead_invalid": planned.unread + rows.repeated,
         "deadline_at": context.deadline_at,
         "budget": context.max_cost,
+        "spent": context.spent,
     }
     if decision is None:
         return Quote(expected_cost=Decimal(0), worst_case_cost=Decimal(0), **common)
-    awards, bids, lots = decision.tables["awards"], decision.tables["bids"], decision.tables["lots"]
-    auction = decision.tables["auctions"].to_pylist()[0]
+    awards = tables["awards"]
+    auction: dict[str, Any] = next(iter(tables["auctions"].to_pylist()), {})
     internal = any(pool.settlement == "internal" for pool in context.pools)
     bill = expected_bill(context, decision)
     pools = tuple(replace(offer, expected_cost=bill.get(offer.pool, Decimal(0))) for offer in offers(context, decision))
     finishes = [pool.finish_s for pool in pools if pool.lots]
-    unserved: Counter[str] = Counter()
-    for table in (decision.waiting, decision.refused):
-        for reason, requests in zip(
-            table.column("last_error").to_pylist(), table.column("requests").to_pylist(), strict=True
-        ):
-            unserved[reason] += requests
+    unserved = rows.unserved((decision.waiting, decision.refused))
     return Quote(
         expected_cost=sum(bill.values(), Decimal(0)),
         worst_case_cost=worst_bill(context, decision, job.auction.rounds),
         reserved_cost=sum_decimal(awards.column("reserved")),
         pools=pools,
-        lots=lots.num_rows,
-        unserved=dict(unserved),
-        needed=least_budget(bids) if unserved["budget"] else None,
-        lp_bound=auction["lp_bound"],
-        regret=auction["regret"],
+        lots=tables["lots"].num_rows,
+        unserved=unserved,
+        needed=least_budget(tables["bids"]) if unserved.get("budget") else None,
+        lp_bound=auction.get("lp_bound"),
+        regret=auction.get("regret"),
         payment=context.payment,
         rent=sum_decimal(awards.column("rent")) if internal else None,
         finish_at=_latest(context, finishes),
-        baseline_cost=_baseline(context, lots, bids, awards),
+        baseline_cost=baseline_bill(context, decision, rows.behind),
+        overhead_unknown=tuple(pool.pool for pool in pools if pool.lots and overhead_unknown(context, pool.pool)),
         **common,
     )
 
@@ -165,31 +204,3 @@ def _latest(context: RunContext, finishes: Sequence[float | None]) -> datetime |
     if not known or len(known) < len(finishes):
         return None
     return context.started_at + timedelta(seconds=max(known))
-
-
-def _baseline(context: RunContext, lots: pa.Table, bids: pa.Table, awards: pa.Table) -> Decimal | None:
-    """The baseline's bill for what the awards are expected to use."""
-    if context.baseline is None or not awards.num_rows:
-        return None
-    pairs = set(
-        zip(awards.column("lot_id").to_pylist(), awards.column("pool").cast(pa.string()).to_pylist(), strict=True)
-    )
-    lot_ids = lots.column("lot_id").to_pylist()
-    inputs = dict(zip(lot_ids, lots.column("input_tokens").to_pylist(), strict=True))
-    models = dict(zip(lot_ids, lots.column("model").cast(pa.string()).to_pylist(), strict=True))
-    requests = dict(zip(lot_ids, lots.column("requests").to_pylist(), strict=True))
-    total = Decimal(0)
-    columns = ("lot_id", "pool", "expected_cached_tokens", "expected_output_tokens")
-    for lot, pool, cached, output in zip(
-        *(bids.column(c).cast(pa.string() if c == "pool" else bids.column(c).type).to_pylist() for c in columns),
-        strict=True,
-    ):
-        if (lot, pool) in pairs:
-            baseline = context.baseline.of(models[lot])
-            if baseline is None:
-                return None
-            price = baseline.cached_input
-            reused = cached if price is not None else 0
-            total += (inputs[lot] - reused) * baseline.input + reused * (price or 0) + output * baseline.output
-            total += requests[lot] * (baseline.request or 0)
-    return total

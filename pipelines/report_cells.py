@@ -140,6 +140,11 @@ def share_text(part: Any, whole: Any) -> str:
     return UNKNOWN if part is None or not whole else f"{100 * Decimal(part) / Decimal(whole):.1f}%"
 
 
+def ideal_text(cached: Any, ideal: Any) -> str:
+    """Cached tokens as a share of the ideal, which is of a run's own prompts: a cache that was warm may have more."""
+    return "all and more" if cached is not None and ideal and cached > ideal else share_text(cached, ideal)
+
+
 def saved_cell(part: Decimal | None, whole: Decimal | None) -> Cell:
     """A percentage that is good news above zero and bad below."""
     return Cell(share_text(part, whole), tone=None if part is None else "good" if part >= 0 else "bad")

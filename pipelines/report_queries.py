@@ -64,12 +64,21 @@ GROUP BY tag, "value"
 ORDER BY tag, cost DESC NULLS FIRST, "value\""""
 
 SAVINGS = """
+WITH paid AS (
+    SELECT run_id, sum(cost) AS cost FROM charges GROUP BY run_id
+), compared AS (
+    SELECT
+        run_id, baseline, count(*) AS requests, count(baseline_cost) AS compared,
+        coalesce(sum(cost) FILTER (WHERE baseline_cost IS NULL), 0) AS apart, sum(baseline_cost) AS baseline_cost
+    FROM savings
+    WHERE status = 'served'
+    GROUP BY run_id, baseline
+)
 SELECT
-    baseline, count(*) AS requests, count(baseline_cost) AS compared,
-    CAST(sum(cost) FILTER (WHERE baseline_cost IS NOT NULL) AS DECIMAL(38, 18)) AS cost,
+    baseline, CAST(sum(requests) AS BIGINT) AS requests, CAST(sum(compared) AS BIGINT) AS compared,
+    CAST(sum(coalesce(paid.cost, 0) - apart) AS DECIMAL(38, 18)) AS cost,
     CAST(sum(baseline_cost) AS DECIMAL(38, 18)) AS baseline_cost
-FROM savings
-WHERE status = 'served'
+FROM compared LEFT JOIN paid ON paid.run_id = compared.run_id
 GROUP BY baseline
 ORDER BY baseline_cost DESC NULLS LAST, baseline"""
 

@@ -23,6 +23,7 @@ from bidbeam.pipelines.report_cells import (
     cost_column,
     count_cell,
     each_text,
+    ideal_text,
     minus,
     native_cell,
     off_cell,
@@ -105,7 +106,7 @@ def figures_of(ledger: duckdb.DuckDBPyConnection) -> list[Figure]:
         figures.append(
             Figure(
                 "cache, of the ideal",
-                share_text(total["cached_tokens"], total["ideal_cached_tokens"]),
+                ideal_text(total["cached_tokens"], total["ideal_cached_tokens"]),
                 f"{count_cell(total['cached_tokens']).text} of {count_cell(total['ideal_cached_tokens']).text} tokens",
                 bar_of(total["cached_tokens"], total["ideal_cached_tokens"], 4),
             )
@@ -216,8 +217,16 @@ def _savings(ledger: duckdb.DuckDBPyConnection) -> Section:
         ("saved", True, lambda r: usd_cell(minus(r["baseline_cost"], r["cost"]))),
         ("share", True, lambda r: saved_cell(minus(r["baseline_cost"], r["cost"]), r["baseline_cost"])),
     ]
-    note = "What the tokens of the answers would have cost at a dated list price, against what the requests did cost."
+    note = (
+        "What the tokens of the answers would have cost at a dated list price, shared answers as often as they are used"
+        ", against all that their runs paid, waste included; answers that cannot be compared are left out of both."
+    )
     return Section("savings", "Savings", note, (table_of("Against each baseline", found, columns),))
+
+
+def _of_ideal(run: Row) -> Cell:
+    cached, ideal = run["cached_tokens"], run["ideal_cached_tokens"]
+    return barred_cell(cached, ideal, 4, ideal_text(cached, ideal))
 
 
 def _cache(ledger: duckdb.DuckDBPyConnection, runs: Sequence[Row]) -> Section:
@@ -241,7 +250,7 @@ def _cache(ledger: duckdb.DuckDBPyConnection, runs: Sequence[Row]) -> Section:
             ("run", False, lambda r: text_cell(r["run_id"])),
             ("ideal", True, lambda r: count_cell(r["ideal_cached_tokens"])),
             ("achieved", True, lambda r: count_cell(r["cached_tokens"])),
-            ("share of the ideal", True, lambda r: barred_cell(r["cached_tokens"], r["ideal_cached_tokens"], 4)),
+            ("share of the ideal", True, _of_ideal),
         ]
         tables.append(table_of("Cached tokens by run, against the ideal", planned, columns))
     note = "The ideal is what one cache without limits would re-use of the plan's order, in whole blocks. Savings are by the token; a pool paid by time shows them in its seconds."  # noqa: E501

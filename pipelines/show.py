@@ -78,9 +78,15 @@ def _tokens(summary: RunSummary) -> str:
     if summary.cached_tokens is not None:
         text += f"; {summary.cached_tokens:,} from cache"
         if summary.ideal_cached_tokens:
-            share = 100 * summary.cached_tokens / summary.ideal_cached_tokens
-            text += f", {share:.1f}% of the ideal {summary.ideal_cached_tokens:,}"
+            text += f", {_of_ideal(summary.cached_tokens, summary.ideal_cached_tokens)}"
     return text
+
+
+def _of_ideal(cached: int, ideal: int) -> str:
+    if cached <= ideal:
+        return f"{100 * cached / ideal:.1f}% of the ideal {ideal:,}"
+    # The ideal is of this run's prompts alone, as we count them.
+    return f"more than the {ideal:,} that its prompts share: caches held some before, or count otherwise"
 
 
 def _saved(cost: Decimal, baseline: Decimal | None) -> str:
@@ -94,7 +100,7 @@ def _saved(cost: Decimal, baseline: Decimal | None) -> str:
 def quote_text(quote: Quote) -> str:
     """A quote: the market, a row per pool, what earlier runs showed of them, then the totals against the terms."""
     about = " (estimates: a model's tokenizer is not known)" if quote.estimated else ""
-    rows = [("prompts", f"{quote.requests:,}" + (f", {quote.dead_invalid:,} invalid" if quote.dead_invalid else ""))]
+    rows = [("prompts", _prompts(quote))]
     if quote.dead_invalid:
         rows.append(("invalid", "its dead letters will say why; --rehearse writes them too, for nothing"))
     share = (
@@ -106,6 +112,10 @@ def quote_text(quote: Quote) -> str:
     if quote.unserved:
         rows.append(("unserved", counts(quote.unserved) + _needed_text(quote)))
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
+    if quote.overhead_unknown:
+        rows.append(
+            ("not in it", f"how long {', '.join(quote.overhead_unknown)} will load and idle: no run has shown it")
+        )
     if quote.reserved_cost is not None:
         rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
     rows.append(("worst case", _worst_text(quote)))
@@ -152,6 +162,22 @@ def _needed_text(quote: Quote) -> str:
     return f"; the budget of {usd(quote.budget)} must be at least {usd(quote.needed)} for every lot to be reserved"
 
 
+def _prompts(quote: Quote) -> str:
+    """The rows by what becomes of them."""
+    if quote.settled and not quote.to_ask:
+        return f"{quote.requests:,}; nothing to do: every request of this run is settled"
+    parts = [
+        f"{number:,} {what}"
+        for number, what in (
+            (quote.settled, f"settled by earlier starts for {usd(quote.spent)}, and not asked again"),
+            (quote.shared, "that share another's answer"),
+            (quote.dead_invalid, "invalid"),
+        )
+        if number
+    ]
+    return ", ".join([f"{quote.requests:,}", *parts])
+
+
 def _rent_text(quote: Quote) -> str:
     if quote.rent is None:
         return "no pool has settlement: internal, so every pool is paid as it bids"
@@ -190,10 +216,13 @@ def _worst_text(quote: Quote) -> str:
         return "no bound: engines are paid by time, and no budget is set"
     if quote.budget is None:
         return f"{usd(quote.worst_case_cost)}; no budget is set"
-    if quote.worst_case_cost == quote.budget:
-        return f"{usd(quote.budget)}, the budget: what it does not cover is not sent"
-    fits = "within" if quote.worst_case_cost < quote.budget else "more than"
-    return f"{usd(quote.worst_case_cost)}, {fits} the budget of {usd(quote.budget)}"
+    left = max(quote.budget - quote.spent, Decimal(0))
+    rest = f", of which {usd(quote.spent)} is spent" if quote.spent else ""
+    if quote.worst_case_cost == left:
+        named = f"what is left of the budget of {usd(quote.budget)}" if quote.spent else "the budget"
+        return f"{usd(left)}, {named}: what it does not cover is not sent"
+    fits = "within" if quote.worst_case_cost < left else "more than"
+    return f"{usd(quote.worst_case_cost)}, {fits} the budget of {usd(quote.budget)}{rest}"
 
 
 def _against_deadline(quote: Quote) -> str:

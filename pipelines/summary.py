@@ -39,7 +39,8 @@ class RunSummary:
     output_url: str
     ledger_url: str
     baseline_cost: Decimal | None = None
-    """What the served requests would have cost at the baseline's prices; None: no baseline, or not known for all."""
+    """What the served requests would have cost at the baseline's prices, an answer that several share as often as it is
+    used: there each would have been asked. None: no baseline, or not known for all."""
     input_tokens: int | None = None
     cached_tokens: int | None = None
     ideal_cached_tokens: int | None = None
@@ -109,18 +110,30 @@ class Quote:
 
     run_id: str
     requests: int
+    """Rows of the input: those ``to_ask``, those ``settled`` or ``shared``, and those that are ``dead_invalid``."""
     input_tokens: int
     ideal_cached_tokens: int
+    """Of the requests that are still to be asked."""
     estimated: bool
     """Whether token counts are estimates, because a model's tokenizer is not known."""
     dead_invalid: int
-    """Rows that would end as dead letters before any pool is asked."""
+    """Rows that would end as dead letters before any pool is asked: unreadable, or with an earlier row's id."""
     expected_cost: Decimal
-    """What the run will cost, by what the ledger's earlier runs showed of its pools and its answers. How long an engine
-    of ours loads and idles is known once one of them has paid for it."""
+    """What the run will cost from here on, by what the ledger's earlier runs showed of its pools and its answers. How
+    long an engine of ours loads and idles is known once one of them has paid for it: see ``overhead_unknown``."""
     worst_case_cost: Decimal | None
-    """What it cannot cost more than, whatever fails in whichever round; None: nothing bounds it, because there is no
-    budget, and an engine that may serve is paid by time."""
+    """What it cannot cost more than from here on, whatever fails in whichever round; None: nothing bounds it, because
+    there is no budget, and an engine that may serve is paid by time."""
+    to_ask: int = 0
+    """Requests that pools would be asked."""
+    settled: int = 0
+    """Rows that earlier starts of the run have answered, or ended for good; nobody is asked these again."""
+    shared: int = 0
+    """Rows that cost nothing, because a request ``to_ask`` answers them too."""
+    spent: Decimal = Decimal(0)
+    """What earlier starts of the run have cost; it counts against the budget, and is not in the costs here."""
+    overhead_unknown: tuple[str, ...] = ()
+    """Pools with awards that the run pays to load and idle, for nobody knows how long: that is not in the cost."""
     pools: tuple[QuotePool, ...] = ()
     lots: int = 0
     reserved_cost: Decimal | None = None

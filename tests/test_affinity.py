@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import pyarrow as pa
 import pytest
 from markets import NOW, pool
 from small_plans import Planned, make_context, make_plan, write_input
-from test_shift import Scripted, Stage
+from test_shift import AT, Scripted, Stage
 
 from bidbeam.transforms.affinity import follows, with_holders
+from bidbeam.transforms.bid import decide, pool_states
 from bidbeam.transforms.bidding import make_bids
-from bidbeam.transforms.lots import lot_places, part_of_lot
+from bidbeam.transforms.lots import LOT, lot_places, part_of_lot
 
 
 @pytest.fixture
@@ -79,6 +82,23 @@ def test_a_part_of_a_lot_begins_warm_behind_what_comes_before_it(plan: Planned) 
     assert {name: same[name] for name in ("before", "warm_tokens", "ideal_cached_tokens")} == {
         name: lot[name] for name in ("before", "warm_tokens", "ideal_cached_tokens")
     }
+
+
+def test_a_round_of_the_market_tells_the_next_who_had_the_lot_before(tmp_path: Path) -> None:
+    """What the budget leaves waiting behind an awarded lot goes on as held by its winner, and so does what was awarded:
+    a shift may leave some of it over."""
+    stage = Stage(tmp_path)
+    worst = make_bids(stage.plan.lots, pool_states(stage.context, AT), now=AT).worst_case_cost(0).to_pylist()
+    context = replace(stage.context, max_cost=worst[0] + worst[1])
+    decision = decide(context, 1, stage.plan.lots, Decimal(0), AT)
+    ((award,),) = (task.awards for task in decision.tasks)
+    ids = stage.plan.lots.column("lot_id").to_pylist()
+    after = dict(zip(ids[1:], ids[:-1], strict=True))
+    won = set(award.lots.column("lot_id").to_pylist())
+    assert won
+    for lot in pa.concat_tables([award.lots.select(LOT.names), decision.waiting]).to_pylist():
+        assert lot["held_by"] == (award.pool if after.get(lot["lot_id"]) in won else None)
+    assert award.pool in decision.waiting.column("held_by").to_pylist()
 
 
 def test_what_a_shift_leaves_over_is_held_by_who_had_the_lot(tmp_path: Path) -> None:

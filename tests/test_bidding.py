@@ -22,6 +22,7 @@ from bidbeam.connectors.schemas import BIDS
 from bidbeam.transforms.bidding import DEFAULT_TOKENS_PER_SECOND, WORST_SLOWDOWN, PoolState, make_bids
 from bidbeam.transforms.clearing import clear
 from bidbeam.transforms.reputation import HALF_LIFE_DAYS, Reputation
+from bidbeam.transforms.scoring import demand_ppm
 
 CHEAP = {"input": "1", "output": "2"}
 
@@ -277,6 +278,16 @@ def test_an_engine_bids_more_as_its_time_is_asked_for_and_charges_the_same(
 
 
 _ADDED = ("expected_cost", "risk_cost", "lateness_cost", "audit_cost", "demand_cost", "setup_cost")
+
+
+def test_the_supply_curve_is_bounded_and_smooth() -> None:
+    """It rises from least to most as the time left is asked for, and stays there; at both ends it has no kink."""
+    demand = Demand(Decimal("0.8"), Decimal(2))
+    asked = [demand_ppm(demand, used, 100.0) for used in (0, 1, 25, 50, 75, 99, 100, 1000)]
+    assert asked == sorted(asked)
+    assert (asked[0], asked[3], asked[-2], asked[-1]) == (-200_000, 400_000, 1_000_000, 1_000_000)
+    assert max(asked[1] - asked[0], asked[-2] - asked[-3]) < 12_000 / 10
+    assert (demand_ppm(demand, 5.0, None), demand_ppm(demand, 5.0, 0.0)) == (-200_000, 1_000_000)
 
 
 @settings(max_examples=40, deadline=None)

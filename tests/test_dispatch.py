@@ -19,6 +19,7 @@ from bidbeam.connectors import store_backends
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.store import Store
+from bidbeam.pipelines.earlier import look_at, take_over
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import dispatch
@@ -98,6 +99,23 @@ def test_a_record_tells_what_went_out_under_which_terms(tmp_path: Path) -> None:
     assert record.requests.equals(requests(3, 4))
     assert (record.terms, record.setup_ms) == (terms("own", accelerator_second="0.0002"), 1234)
     assert abs(datetime.now(UTC) - record.at) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("ended", [None, 1])
+def test_who_only_looks_finds_what_the_next_start_would(tmp_path: Path, ended: int | None) -> None:
+    """A quote counts what was in flight as spent, leaves out what an ended start has booked, and writes nothing."""
+    journal = Store.at(str(tmp_path))
+    write(journal, 1, 3, 4, 5)
+    journal_answers(journal, 0, 3)
+    journal.create("seed", b"0123456789abcdef")
+    manifest = None if ended is None else {"starts": ended, "cost": "0.25"}
+    before = journal.list()
+    seen = look_at(journal, manifest)
+    assert journal.list() == before
+    assert seen == take_over(journal, manifest, "run-1")
+    # 9 in and 3 out; twice 10 in and 16 out.
+    spent = (9 + 4 * 3 + 2 * (10 + 4 * 16)) * Decimal("1e-7")
+    assert (seen.start, seen.spent, seen.seed) == (2, spent if ended is None else Decimal("0.25"), 0x0123456789ABCDEF)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -21,6 +22,9 @@ from bidbeam.pipelines.progress import (
     logs_noted,
     usd,
 )
+from bidbeam.pipelines.report_cells import UNKNOWN, ideal_text
+from bidbeam.pipelines.show import summary_text
+from bidbeam.pipelines.summary import RunSummary
 
 HALF = ProgressSnapshot(
     phase="generate",
@@ -63,6 +67,19 @@ def test_a_line_says_what_a_run_is_watched_for() -> None:
         "generate | 1,000/2,000 prompts (50%) | 3 dead | 1,000 tokens/s | spent $0.013 of $25.00 | "
         "cache 75.0%, ideal 80.0% | near: 800 done, 64 in flight | far: 200 done, 8 in flight, 2 failed"
     )
+
+
+def test_a_cache_that_was_warm_before_is_above_the_ideal_and_no_share_of_it() -> None:
+    """The ideal is of the run's own prompts, as we count them: more than all of it is said in words."""
+    assert "cache 85.0%, above the ideal 80.0% | " in line_of(replace(HALF, cached_tokens=34_000))
+    warm = RunSummary(
+        "r", "complete", 9, 9, {}, Decimal(1), "out", "ledger", input_tokens=100, cached_tokens=80, output_tokens=9,
+        ideal_cached_tokens=60,
+    )  # fmt: skip
+    told = "80 from cache, more than the 60 that its prompts share: caches held some before, or count otherwise"
+    assert told in summary_text(warm)
+    assert "80 from cache, 100.0% of the ideal 80" in summary_text(replace(warm, ideal_cached_tokens=80))
+    assert [ideal_text(80, ideal) for ideal in (60, 80, 100, 0)] == ["all and more", "100.0%", "80.0%", UNKNOWN]
 
 
 def test_what_is_unknown_is_left_out() -> None:

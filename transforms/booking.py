@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import LEDGER_VERSION, PRICES, SEGMENT
-from bidbeam.transforms.charging import explode, served_rows, serving
+from bidbeam.transforms.charging import explode, serving
 from bidbeam.transforms.journal import SegmentRef, read_segment
 from bidbeam.transforms.published import PoolCount, Published
 from bidbeam.transforms.run_context import RunContext, start_of
@@ -74,18 +74,12 @@ def book_rows(context: RunContext, part: str, rows: pa.Table, terms: Mapping[str
         write_part(context.ledger, name, context.run_date, context.run_id, part, table)
         for name, table in tables.items()
     )
-    baseline, unknown = None, 0
-    if context.baseline is not None:
-        counted = charges.column("baseline_cost")
-        baseline, unknown = sum_decimal(counted), served_rows(rows) - (len(counted) - counted.null_count)
     cost = sum_decimal(rows.column("cost"))
     # Adding to nothing merges the counts of one pool, and names only the most common of other models.
     return Published() + Published(
         parts=parts,
         cost=cost,
-        baseline_cost=baseline,
         pools=tuple(pool_counts(rows)),
-        baseline_unknown=unknown,
         wasted=wasted_cost(rows),
         other_models=other_models(rows),
         estimated=estimated_answers(rows),

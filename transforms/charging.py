@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.errors import StoreError
-from bidbeam.connectors.money import Bools, add_costs, cost, quantity_from_units, to_usd
+from bidbeam.connectors.money import Bools, add_costs, cost, quantity_from_units, sum_decimal, to_usd
 from bidbeam.connectors.pools import METERS, Meter
 from bidbeam.connectors.schemas import ATTEMPTS, CHARGES, COST, METER_COLUMNS
 from bidbeam.transforms.settling import Terms, constant
@@ -164,6 +164,16 @@ def _once(amounts: pa.Array | None, kept: pa.Array | None, unplaced: Bools, type
         return pa.nulls(count, type_)
     taken = amounts if kept is None else amounts.take(kept)
     return taken if unplaced.all() else pc.if_else(pa.array(unplaced), taken, pa.scalar(None, type_))
+
+
+def baseline_total(answers: pa.Table, baseline: Baseline) -> tuple[Decimal, int]:
+    """What the baseline would have charged for these answers (SEGMENT rows, as often as each was used), in USD, and of
+    how many of them that is not known."""
+    total, unknown = Decimal(0), 0
+    for batch in answers.combine_chunks().to_batches():
+        costs = _baseline_costs(batch, baseline)
+        total, unknown = total + sum_decimal(costs), unknown + costs.null_count
+    return total, unknown
 
 
 def _baseline_costs(rows: pa.RecordBatch, baseline: Baseline) -> pa.Array:

@@ -23,6 +23,7 @@ _TEXT = ("output", "samples")
 _NAMES = (
     "key", "request_id", "lot_id", "round", "attempt_id", "attempt_no", "kind", "pool", "model", "status",
     "error_class", "error_message", "input_tokens", "cached_tokens", "output_tokens", "finish_reason", "cost",
+    "usage_source",
 )  # fmt: skip
 KEPT = pa.schema([*(SEGMENT.field(name) for name in _NAMES), pa.field("output_row", pa.int64())])
 """What publishing asks of an attempt, its texts apart, and the row of the output file that has these (NULL: the attempt
@@ -66,7 +67,12 @@ def read_kept(context: RunContext, name: str, rows: pa.Array) -> pa.Table:
         kept = reader.read_all().replace_schema_metadata(None).take(rows)
     at = kept.column("output_row").combine_chunks()
     found = pa.Table.from_arrays(
-        [kept.column(f.name) if f.name in _NAMES else pa.nulls(kept.num_rows, f.type) for f in SEGMENT], schema=SEGMENT
+        # An earlier version kept fewer of them.
+        [
+            kept.column(f.name) if f.name in _NAMES and f.name in kept.schema.names else pa.nulls(kept.num_rows, f.type)
+            for f in SEGMENT
+        ],
+        schema=SEGMENT,
     )
     if not output:
         return found

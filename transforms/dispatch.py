@@ -105,6 +105,14 @@ def book_open(journal: Store, scratch_name: str, shifts: Sequence[str] | None = 
     Who calls it knows that they send no more, or takes it that they do not: an attempt that is settled after all
     counts as settled (see ``booking.book_rows``).
     """
+    for prefix, number, rows, terms in open_rows(journal, scratch_name, shifts):
+        yield write_segment(journal, prefix, number, rows, terms)
+
+
+def open_rows(
+    journal: Store, scratch_name: str, shifts: Sequence[str] | None = None
+) -> Iterator[tuple[str, int, pa.Table, list[Terms]]]:
+    """The segments that ``book_open`` writes, as ``journal.write_segment`` takes them; writes nothing."""
     names = [entry.name for entry in journal.list(f"{directory(scratch_name)}/")]
     closed = {name.rsplit("/", 1)[1].removesuffix(f"-{_CLOSED}") for name in names if name.endswith(f"-{_CLOSED}")}
     by_shift: dict[str, list[str]] = {}
@@ -117,8 +125,7 @@ def book_open(journal: Store, scratch_name: str, shifts: Sequence[str] | None = 
         segments = list_segments(journal, f"{prefix}-")
         rows, terms = _lost(journal, scratch_name, shift, records, segments)
         if rows is not None:
-            number = max((segment_number(name) + 1 for name in segments), default=0)
-            yield write_segment(journal, prefix, number, rows, terms)
+            yield prefix, max((segment_number(name) + 1 for name in segments), default=0), rows, terms
 
 
 def _lost(

@@ -125,12 +125,9 @@ def _booked_before(before: Mapping[str, Any] | None) -> Published:
     """What starts have booked whose segments are gone, so that nobody books it again."""
     if before is None:
         return Published()
-    baseline = before["baseline_cost"]
     return Published(
         cost=Decimal(before["cost"]),
-        baseline_cost=None if baseline is None else Decimal(baseline),
         pools=tuple(PoolCount(**{**pool, "cost": Decimal(pool["cost"])}) for pool in before["pools"]),
-        baseline_unknown=before.get("baseline_unknown", 0),
         wasted=Decimal(before.get("wasted", 0)),
         other_models=before.get("other_models", {}),
         estimated=before.get("estimated", 0),

@@ -50,7 +50,7 @@ is none of them: it is put right, and the same command goes on."""
 def earlier_segments(context: RunContext) -> list[str]:
     """What all starts before this one have settled, oldest first: what they kept, and their segments."""
     segments = [name for name in list_segments(context.journal) if start_of(name) < context.start]
-    return [*kept_answers(context), *segments]
+    return [*kept_answers(context), *(name for name in segments if name not in context.damaged)]
 
 
 def _requests(

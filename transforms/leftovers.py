@@ -17,6 +17,7 @@ from bidbeam.transforms.order import read_order
 from bidbeam.transforms.region_check import from_elsewhere
 from bidbeam.transforms.retrying import Retries
 from bidbeam.transforms.run_context import RunContext
+from bidbeam.transforms.settling import Terms
 
 NO_SECOND_TRY = frozenset({"caller", "policy"})
 """Classes of error that another pool would answer the same way: final at once."""
@@ -94,7 +95,7 @@ class Leftovers:
             left.pools |= self._retries.pools(tag)
 
     def try_again(
-        self, lanes_for: Callable[[Lot], Iterable[Lane]], promise: Callable[[Lane, Lot, Tags], bool]
+        self, lanes_for: Callable[[Lot], Iterable[Lane]], promise: Callable[[Terms, Lot, Tags], bool]
     ) -> Iterator[tuple[Lane, Lot]]:
         """What may be asked once more in this round, lot by lot, and of whom.
 
@@ -109,7 +110,7 @@ class Leftovers:
             )]  # fmt: skip
             for pool, lane in lanes.items():
                 mine = tags[np.array([each == pool for each in chosen], bool)]
-                if not len(mine) or not promise(lane, left.lot, mine):
+                if not len(mine) or not promise(lane.terms, left.lot, mine):
                     continue
                 tags = tags[~np.isin(tags, mine)]
                 chosen = [each for each in chosen if each != pool]

@@ -52,7 +52,8 @@ class Published:
     output_tokens: int = 0
     cost: Decimal = Decimal(0)
     baseline_cost: Decimal | None = None
-    """What the served requests would have cost at the baseline; None where there is none."""
+    """What the served requests would have cost at the baseline, shared answers as often as they are used; None where
+    there is none."""
     pools: tuple[PoolCount, ...] = ()
     baseline_unknown: int = 0
     """Served requests of which the baseline's cost is not known; while there is one, nor is that of the run."""

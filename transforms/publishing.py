@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from bidbeam.connectors.ledger_writer import write_part
 from bidbeam.connectors.schemas import COST, DEAD_LETTER_COLUMNS, LABEL, OUTPUT_COLUMNS, REQUESTS
 from bidbeam.transforms.booking import book_rows
-from bidbeam.transforms.charging import serving
+from bidbeam.transforms.charging import baseline_total, serving
 from bidbeam.transforms.compaction import keep_attempts
 from bidbeam.transforms.journal import SegmentRef, read_rows
 from bidbeam.transforms.merging import piece_starts, read_piece, read_range
@@ -81,6 +81,7 @@ def publish_range(
     dead = np.flatnonzero(book.answer < 0)
     name = f"part-{context.part_prefix}{range_:05d}.parquet"
     found = attempts.take(pa.array(book.answer[served]))
+    baseline, unknown = (None, 0) if context.baseline is None else baseline_total(found, context.baseline)
     result = Published(
         served=len(served),
         dead=_counts(reasons, dead),
@@ -88,6 +89,8 @@ def publish_range(
         cached_tokens=_total(found, "cached_tokens", book.leads[served]),
         output_tokens=_total(found, "output_tokens", book.leads[served]),
         truncated=_truncated(found),
+        baseline_cost=baseline,
+        baseline_unknown=unknown,
     )
     outputs: tuple[OutputFile, ...] = ()
     letters: tuple[OutputFile, ...] = ()

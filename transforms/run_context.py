@@ -92,6 +92,10 @@ class RunContext:
     """Whether earlier starts left segments whose answers this one can use."""
     ended_start: int | None = None
     """The latest start that ran to its end; its segments are gone for what it kept of them (see ``compaction``)."""
+    damaged: frozenset[str] = frozenset()
+    """Segments of the journal that cannot be read: what they settled is asked again."""
+    scratch_home: Store | None = None
+    """Where scratch stands instead of in the journal: that of a quote, which writes nothing there."""
 
     @property
     def journal(self) -> Store:
@@ -100,7 +104,7 @@ class RunContext:
     @property
     def scratch(self) -> Store:
         """Where this start's plan stands: spilled rows, orders, the market's tables."""
-        return self.journal.child(self.scratch_name)
+        return (self.scratch_home or self.journal).child(self.scratch_name)
 
     @property
     def ended_before(self) -> bool:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -25,6 +26,8 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
+from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.schemas import METER_COLUMNS
 from bidbeam.connectors.tokenizer import model_tools
 from bidbeam.transforms import dispatch, heartbeat, stopping
 from bidbeam.transforms.door import Door, LotRequests
@@ -46,7 +49,7 @@ from bidbeam.transforms.recount import recount_results
 from bidbeam.transforms.region_check import believed, note_refuted, undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
-from bidbeam.transforms.shift_task import ShiftTask
+from bidbeam.transforms.shift_task import Award, ShiftTask
 from bidbeam.transforms.spilling import SpillRef
 
 _SEGMENT_ROWS = 65_536
@@ -57,6 +60,8 @@ _TICK_S = 0.25
 _WRITES_AHEAD = 2
 _GRACE_S = 10.0
 """Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
+
+_TIMES = [METER_COLUMNS[meter] for meter in ("accelerator_second", "accelerator_idle_second", "setup")]
 
 _AILING = "most of what it was asked of late failed{last}; it gets one request at a time until one is answered"
 
@@ -106,6 +111,8 @@ class Shift:
         self._lots: dict[str, Lot] = {}
         self._left = Leftovers(context, task.round, self._lots, self._won)
         self._slots: dict[tuple[str, str, int], Slot] = {}
+        self._ms_before: dict[tuple[str, str], int] = {}
+        """Milliseconds that earlier tries of this shift have used of engines paid by time, by pool and model."""
 
     def run(self) -> Iterator[ShiftResult]:
         """Works until nothing is left or nothing can go on; yields each segment once it is safely on the store."""
@@ -188,20 +195,45 @@ class Shift:
             rows_lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
             tags.append(rows.filter(pc.invert(rows_lost)).column("tag").drop_null().to_numpy())
             failed.append(rows.filter(pc.invert(rows_lost)))
+            self._count_before(rows)
             yield ShiftResult(segment=segment_ref(self._context.journal, name))
         if tags:
             self._left.settled = np.unique(np.concatenate(tags))
             self._failed_before = _last_failures(pa.concat_tables(failed))
 
-    def _open_lanes(self) -> None:
-        for award in self._task.awards:
-            for lot in award.lots.to_pylist():
-                if not self._may(award.pool, lot):
-                    self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
-                    continue
-                lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
-                lane.queue.append(lot)
+    def _count_before(self, rows: pa.Table) -> None:
+        """What an earlier try has spent (SEGMENT) is gone from what was reserved, in money and in time."""
+        by_time = {spec.name for spec in self._context.pools if spec.price.by_time}
+        timed = pc.is_in(rows.column("pool").cast(pa.string()), value_set=pa.array(sorted(by_time), pa.string()))
+        self._purse.before += sum_decimal(rows.filter(pc.invert(timed)).column("cost"))
+        for row in rows.filter(timed).select(["pool", "model", *_TIMES]).to_pylist():
+            seconds = sum((row[name] for name in _TIMES if row[name] is not None), Decimal(0))
+            key = row["pool"], row["model"]
+            self._ms_before[key] = self._ms_before.get(key, 0) + int(seconds * 1000)
+
+    def _given(self) -> Iterator[tuple[Award, Lot]]:
+        """The lots of the awards, as far as what an earlier try has left of the reserve covers them."""
+        given = [(award, lot) for award in self._task.awards for lot in award.lots.to_pylist()]
+        if not self._try:
+            yield from given
+            return
+        terms = [award.terms[lot["model"]] for award, lot in given]
+        lots = self._purse.covered([lot for _, lot in given], terms, self._task.runner_up_terms, self._left.settled)
+        for (award, lot), covered in zip(given, lots, strict=True):
+            if covered is None:
                 self._lots[lot["lot_id"]] = lot
+                self._keep_unsent(lot, all_tags(lot), "budget")
+            else:
+                yield award, covered
+
+    def _open_lanes(self) -> None:
+        for award, lot in self._given():
+            if not self._may(award.pool, lot):
+                self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
+                continue
+            lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
+            lane.queue.append(lot)
+            self._lots[lot["lot_id"]] = lot
         for pool, model in self._task.adopts:
             self._lane(pool, model, 0, self._task.runner_up_terms[pool, model], None)
         if self._failed_before is not None:
@@ -243,6 +275,7 @@ class Shift:
                 recount=self._recount(pool, model),
                 labels=self._specs[pool].placement,
                 reserved_ms=reserved_ms,
+                used_ms=self._ms_before.get((pool, model), 0),
             )
         return self._lanes[key]
 
@@ -380,7 +413,8 @@ class Shift:
         lanes = [lane for pool in _after_winner(lot) if (lane := self._lane_for(pool, lot)) is not None]
         well = [lane for lane in lanes if lane.breaker.closed and lane is not instead_of]
         others = [] if instead_of is not None else [lane for lane in lanes if not lane.breaker.closed]
-        promised = (lane for lane in (*well, *others) if self._purse.promise(lane, lot, tags, instead_of=instead_of))
+        before = None if instead_of is None else instead_of.terms
+        promised = (lane for lane in (*well, *others) if self._purse.promise(lane.terms, lot, tags, instead_of=before))
         return next(promised, None)
 
     def _lane_for(self, pool: str, lot: Lot) -> Lane | None:
@@ -530,7 +564,7 @@ class Shift:
         for lane, lot_id, number, tag in late:
             lot = self._lots[lot_id]
             target = self._second_pool(lane, lot, tag)
-            if target is None or not self._purse.promise(target, lot, np.array([tag])):
+            if target is None or not self._purse.promise(target.terms, lot, np.array([tag])):
                 continue
             hedge = _handed_on({**lot, "attempt_no": number + 1, "kind": HEDGE}, np.array([tag]), target.pool)
             target.queue.append(hedge)

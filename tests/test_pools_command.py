@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply
+from bidbeam.connectors.front_batch import BatchFront
+from bidbeam.connectors.front_render import KEY as RENDER_KEY
+from bidbeam.connectors.front_render import RenderFront
+from bidbeam.connectors.front_sagemaker import ACCESS_KEY, SECRET_KEY, SagemakerFront
 from bidbeam.connectors.fronts import ProviderFront
 from bidbeam.connectors.ledger_reader import query_ledger
 from bidbeam.pipelines.cli import invoke
@@ -211,6 +215,47 @@ def test_the_command_prints_a_table_or_one_json_object(tmp_path: Path, capsys: p
     assert told["pools"][0]["unit_prices"]["output"] == "0.000000400000000"
     assert told["exit_code"] == 3
     assert invoke(["pools", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_every_kind_of_pool_is_probed_for_what_it_costs_nothing_to_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes are listed and none is rented, a batch API is reached and no batch sent, boto3's endpoint is asked once."""
+    monkeypatch.setenv("RENDER_API_KEY", RENDER_KEY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    with (
+        EndpointDouble(["tiny"]) as upstream,
+        RenderFront() as nodes,
+        BatchFront(upstream.base_url) as batches,
+        SagemakerFront(upstream.base_url) as aws,
+    ):
+        lease = {
+            **by_the_hour("rented"),
+            "kind": "lease",
+            "profile": "render",
+            "base_url": nodes.base_url,
+            "context": 512,
+            "options": {"gpu_tier": "premium", "image": "vllm"},
+        }
+        options = {"region": "eu-central-1", "endpoint": aws.endpoint}
+        report = probed(
+            tmp_path,
+            lease,
+            {**lease, "name": "shut", **KEYED},
+            remote("slow", batches.base_url, kind="batch", options={"window": "1h"}),
+            remote("boto3", aws.url, profile="sagemaker-invoke", options=options),
+        )
+        assert (nodes.nodes, batches.batches, len(aws.calls)) == ({}, [], 1)
+    found = {pool.pool: pool for pool in report.pools}
+    assert [(name, pool.ok, pool.reachable) for name, pool in found.items()] == [
+        ("rented", True, True), ("shut", False, True), ("slow", True, True), ("boto3", True, True),
+    ]  # fmt: skip
+    assert "(401" in found["shut"].problems[0]
+    assert found["rented"].notes == ("not measured: no node is rented for a probe",)
+    assert found["slow"].notes == ("lists no models", "not measured: a batch takes hours")
+    assert found["boto3"].measured
 
 
 def test_all_is_fine_only_where_every_pool_has_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

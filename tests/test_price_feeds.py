@@ -24,7 +24,7 @@ from bidbeam.connectors.front_server import Call, FrontServer
 from bidbeam.connectors.front_targon import TargonFront, machine
 from bidbeam.connectors.fronts import ProviderFront
 from bidbeam.connectors.http_transport import endpoint
-from bidbeam.connectors.pools import PoolSpec
+from bidbeam.connectors.pools import PoolSpec, PriceSchedule
 from bidbeam.connectors.price_feeds import SHAPES, check_plausible, read_prices
 from bidbeam.pipelines.job import Job
 from bidbeam.pipelines.prices import per_second
@@ -491,6 +491,26 @@ def test_a_published_list_prices_a_pool(tmp_path: Path) -> None:
     assert f"as of {DAY}" in price.source
     unknown = remote("live") | {"price": {"source": "list", "provider": "vertex"}}
     assert "vertex lists no price of 'tiny'" in refusal(tmp_path, unknown)
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "output"), [("vertex", "gemini-2.5-flash", "2.50"), ("azure", "deepseek-v3.2", "1.68"),
+                                      ("vertex", "deepseek-v3.2", "1.68")]
+)  # fmt: skip
+def test_a_batch_pool_is_priced_by_the_lists_batch_price(
+    tmp_path: Path, provider: str, model: str, output: str
+) -> None:
+    """Half where the list says so, the usual price where it has no other; an endpoint pays the usual one."""
+
+    def listed(**keys: Any) -> PriceSchedule:
+        pool = remote("live", models={"tiny": model}, **keys) | {"price": {"source": "list", "provider": provider}}
+        job = Job.from_yaml(write_job(tmp_path, prompts(4), [pool]), run_date=NOW.date())
+        return resolve(job, NOW).pools[0].price
+
+    usual, batch = listed(), listed(kind="batch")
+    assert usual.unit_prices["output"] == Decimal(output) / 1_000_000
+    parts = 1 if provider == "azure" else 2
+    assert batch.unit_prices["output"] * parts == usual.unit_prices["output"]
 
 
 def test_machines_by_the_hour_are_priced_by_targons_inventory(tmp_path: Path) -> None:

@@ -242,8 +242,10 @@ def test_newcomers_share_one_lot_in_twenty_at_a_discount(lots: int, newcomers: i
     assert len({row["lot_id"] for row in given_}) == len(given_) <= lots // 20
     assert all(row["pool"] != "old" and row["eligible"] for row in given_)
     assert all(row["exploration_credit"] == row["expected_cost"] * Decimal("0.2") for row in given_)
+    offered = {f"l{at}" for at in range(19, lots, 20) if at % 7}
+    assert {row["lot_id"] for row in given_} == offered
     won = clear(bids).lots_of
-    assert sum(len(mine) for name, mine in won.items() if name != "old") <= lots // 20
+    assert {f"l{at}" for name, mine in won.items() if name != "old" for at in mine} == offered
     # A pool that is much dearer than that is not bought from for the sake of knowing it.
     dear = [pools[0], pool("dear", input="2", output="4", state=new)]
     assert set(clear(make_bids(table, dear, now=NOW)).lots_of) <= {"old"}

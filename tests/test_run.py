@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from small_jobs import Written, check_conserved, make_job, prompts, remote, written
 
@@ -264,3 +265,24 @@ def test_a_budget_is_never_overspent(tmp_path: Path) -> None:
         assert 0 < summary.served < 60
         assert set(summary.dead) == {"budget"}
         assert summary.cost == bill(double, CHEAP) <= Decimal("0.004")
+
+
+def test_what_a_round_or_a_start_has_spent_the_next_ones_do_not_have(tmp_path: Path) -> None:
+    """Where an answer costs all that was reserved, later rounds and starts find nothing left; each tenant has a lot."""
+    rows = prompts(18)
+    rows = rows.append_column("customer", pa.array([f"c{n % 6}" for n in range(18)]))
+    flat = {"input": "0", "output": "0", "request": "0.001"}
+    terms: dict[str, Any] = {
+        "prompt": {"id": "id", "column": "prompt", "tenant": "customer"},
+        "budget": {"max_cost": "0.007"},
+        "auction": {"rounds": 3},
+    }
+    with EndpointDouble(["tiny"]) as double:
+        job = make_job(tmp_path, rows, [remote("near", double.base_url, price=flat)], **terms)
+        summary, found = run_and_read(job, 18)
+        assert len(double.requests) == 6
+        assert (summary.served, summary.cost, dict(summary.dead)) == (6, Decimal("0.006"), {"budget": 12})
+        assert {row["round"] for row in found.rows("auctions")} == {1, 2, 3}
+        again, _ = run_and_read(job, 18)
+        assert len(double.requests) == 6
+    assert (again.status, again.served, again.cost) == ("incomplete", 6, Decimal("0.006"))

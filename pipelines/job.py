@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
@@ -20,6 +21,7 @@ from bidbeam.transforms.rendering import PromptSpec, RenderSpec
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_log = logging.getLogger("bidbeam.job")
 _AUCTION = AuctionSpec()
 _NO_DEAD = Tolerance()
 
@@ -134,8 +136,11 @@ class Job:
 
 
 def check_input(job: Job, spec: RenderSpec, schema: pa.Schema) -> None:
-    """Whether the input has the columns that the job names. Raises InputError or ConfigError at the job's line."""
-    from bidbeam.transforms.rendering import check_columns
+    """Whether the input has the columns that the job names. Raises InputError or ConfigError at the job's line.
+
+    A column that means two things may mean both; that is told, once.
+    """
+    from bidbeam.transforms.rendering import check_columns, columns_in_both
 
     try:
         check_columns(spec, schema)
@@ -146,6 +151,8 @@ def check_input(job: Job, spec: RenderSpec, schema: pa.Schema) -> None:
         raise InputError(error.problem, key=at.key, file=at.file, line=at.line) from None
     except ConfigError as error:
         raise job.fault(error.key or "", error.problem, expected=error.expected, nearest=error.nearest) from None
+    for name in columns_in_both(spec, schema):
+        _log.warning("column %r is in the template, and also sets the sampling key %s of its row", name, name)
 
 
 def check_keys(job: Job) -> None:

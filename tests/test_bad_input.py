@@ -144,3 +144,19 @@ def test_a_fresh_process_says_it_in_one_line_too(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: ")
+
+
+def test_a_column_that_means_two_things_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column in the template that is named like a sampling key sets that key too: many answers a row, perhaps."""
+    rows = prompts(3).append_column("n", pa.array([1, 2, 3]))
+    keys = {"prompt": {"template": "Item {{ n }}"}}
+    job = write_job(tmp_path, rows, [remote("near")], **keys)
+    said = "column 'n' is in the template, and also sets the sampling key n of its row"
+    assert invoke(["run", str(job), "--rehearse"]) == 0
+    assert said in capsys.readouterr().err
+    assert invoke(["quote", str(job)]) == 0
+    assert said in capsys.readouterr().err
+    plain = write_job(tmp_path / "plain", rows.rename_columns(["id", "prompt", "number"]), [remote("near")], **keys)
+    plain.write_text(plain.read_text().replace("{{ n }}", "{{ number }}"))
+    assert invoke(["run", str(plain), "--rehearse"]) == 0
+    assert said not in capsys.readouterr().err

@@ -130,6 +130,14 @@ def check_columns(spec: RenderSpec, schema: pa.Schema) -> None:
         raise InputError(f"column {MODEL_COLUMN!r} is {schema.field(MODEL_COLUMN).type}; expected text")
 
 
+def columns_in_both(spec: RenderSpec, schema: pa.Schema) -> list[str]:
+    """The columns that the template names and that also set the sampling of their rows."""
+    if spec.prompt.template is None or is_openai_batch(schema):
+        return []
+    used = compile_template(spec.prompt.template).names
+    return [name for name in _sampling_columns(spec, schema.names) if name in used]
+
+
 def _sampling_columns(spec: RenderSpec, names: list[str]) -> list[str]:
     taken = {spec.prompt.id, spec.prompt.column, spec.prompt.tenant}
     return [name for name in row_keys(spec.sampling, names) if name not in taken]

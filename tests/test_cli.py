@@ -308,7 +308,7 @@ def test_quote_shows_pools_budget_and_baseline(cli: Cli, job: str, monkeypatch: 
         "$2.00, more than the budget of $1.00",
         "$0.49, regret 2.04%",
         "1 h 02 min",
-        "placement:zdr",
+        "its placement declares a zdr that the job does not allow",
     ):
         assert text in out
     assert json.loads(cli("quote", job, "--json")[1])["worst_case_cost"] == "2"

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_jobs import DAY, by_the_hour, make_job, prompts, remote, write_job, written
+from small_jobs import DAY, PRICE, by_the_hour, make_job, prompts, remote, write_job, written
 from test_resume import fail_at
 from tiny_model import tiny_model
 
@@ -170,3 +170,16 @@ def test_a_first_quote_says_that_an_engines_loading_is_not_in_it(
     assert later.overhead_unknown == ()
     assert "load and idle" not in quote_text(later)
     assert later.expected_cost == pytest.approx(first.expected_cost + Decimal("0.71"))
+
+
+def test_what_fails_is_quoted_with_its_second_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter fails at half the price of an answer; of that a fifth is answered here in the end, the rest by the
+    runner-up at three times the price."""
+    dear = {meter: str(3 * Decimal(price)) for meter, price in PRICE.items()}
+    job = make_job(tmp_path, prompts(4), [remote("near"), remote("far", price=dear)])
+    sure = quote_job(job).expected_cost
+    fails = Reputation(successes=75.0, failures=25.0, failed_cost=0.5, retried_here=0.2)
+    monkeypatch.setattr(quoting, "known_pools", lambda *_: {("near", "tiny"): fails})
+    quote = quote_job(job)
+    assert [pool.lots for pool in quote.pools] == [1, 0]
+    assert quote.expected_cost == pytest.approx(sure * Decimal("1.525"))

@@ -3,6 +3,10 @@
 A pure function from bids to awards. Walls: a pool's seconds before the deadline, the budget against worst cases, and
 eligibility. Within them as many requests as possible are served, at the least total score.
 
+A budget that does not cover all worst cases covers the lots that are cheapest per answer, and the others are awarded
+*on what those leave*: with as much of their worst case reserved as there is, down to nothing. A shift sends each of
+their requests once bills have left money for it, the cheaper ones first (see ``purse``).
+
 Without a deadline a pool of known speed is dealt no more than the *default horizon*: the shortest time in which the
 pools of known speed could serve everything they may serve, times ``slack``, so that several pools work at the same
 time and the cheap ones fill first. It leaves no lot out: what does not fit goes to the pool that is done with it first.
@@ -11,7 +15,7 @@ A pool of unknown speed has no bound on its seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_DOWN, Context, Decimal
@@ -30,6 +34,8 @@ from bidbeam.transforms.pricing import parts_per_million
 from bidbeam.transforms.scoring import reserve_ppm
 
 DEFAULT_SLACK = 1.25
+_NEXT_TO_NOTHING, _STEP = 1e-12, 1.1
+"""USD per answer from which on lots are told apart by their price, and by how much."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +54,23 @@ class Clearing:
     """Expected bill and rent (USD); None for unserved lots."""
     rent: tuple[Decimal | None, ...]
     """What the rule pays beyond the bid (see ``payments``): no charge, and no part of the budget."""
+    worst: tuple[Decimal | None, ...]
+    """What each award may cost at most (USD); None for unserved lots."""
     reserved: tuple[Decimal | None, ...]
-    """Worst case of the award (USD); None for unserved lots."""
+    """The part of it that the budget covers (USD), whatever the other lots cost; None for unserved lots."""
+    fallback_reserved: tuple[Decimal, ...]
+    """What the budget covers beside for the fallbacks (USD)."""
+    rank: Ints
+    """0 where all of the worst case is reserved; else the higher the dearer the award is per answer."""
+    fallback_rank: Ints
+    """The same of each lot on its fallback."""
     committed: Decimal
     """The most that this round can cost (USD), fallbacks included; never above the budget."""
     unserved: Mapping[str, str]
     """lot_id -> reason: budget, deadline, capacity, no_eligible_pool or too_long."""
     objective: Decimal
+    """The score of all awards together, as if all of each were served; ``lp_bound`` and ``regret`` are of the same
+    lots."""
     lp_bound: Decimal | None
     regret: Decimal | None
     budget: Decimal | None
@@ -70,9 +86,14 @@ class Clearing:
         worth = parts_per_million(pa.array(least, COST), reserve_ppm(self.bids.urgency))
         if self.budget is None:
             return worth
-        # What engines are held back leaves more places than money is written with.
-        left = pa.scalar(self.budget.quantize(Decimal("1e-18"), ROUND_DOWN, Context(prec=60)), COST)
+        left = pa.scalar(_written(self.budget), COST)
         return pc.if_else(pc.greater(worth, left), left, worth)
+
+    @property
+    def short(self) -> frozenset[str]:
+        """Ids of the lots that are not served for certain, by what is reserved for them."""
+        ids = self.bids.lots.lot_id
+        return frozenset([*self.unserved, *(ids[int(lot)].as_py() for lot in np.flatnonzero(self.rank))])
 
     @property
     def lots_of(self) -> dict[str, tuple[int, ...]]:
@@ -150,9 +171,10 @@ def clear(
 ) -> Clearing:
     """Awards the lots of one round. Deterministic.
 
-    ``budget`` is what is left to reserve (USD), None for no wall; under it those lots come first that are cheapest per
-    answer. ``slack`` stretches the default horizon; None: no horizon, so without a deadline the cheapest pool of each
-    lot gets it. The deadline is the one that the bids were made for. Raises ConfigError for an unknown payment rule.
+    ``budget`` is what is left to reserve (USD), None for no wall; under it those lots are covered first that are
+    cheapest per answer. ``slack`` stretches the default horizon; None: no horizon, so without a deadline the cheapest
+    pool of each lot gets it. The deadline is the one that the bids were made for. Raises ConfigError for an unknown
+    payment rule.
     """
     rule = PAYMENT_RULES.get(payment)
     if rule is None:
@@ -169,18 +191,26 @@ def clear(
     unserved = dict.fromkeys(np.flatnonzero(pool_of < 0), "capacity" if bids.deadline is None else "deadline")
     for lot in np.flatnonzero(~bids.eligible.any(axis=1)):
         unserved[lot] = bids.unserved_reason(int(lot)) or "no_eligible_pool"
-    worst = _WorstCases(bids)
-    if budget is not None and _total(worst.of(pool_of)) > budget:
-        affordable = _within_budget(market, bids, pool_of, worst, budget, soft)
-        unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (affordable < 0)), "budget"))
-        pool_of = affordable
+    worst = _Costs(bids.worst_case_cost)
+    reserved = worst.of(pool_of)
+    if budget is not None:
+        budget = _written(budget)
+    if budget is not None and _total(reserved) > budget:
+        covered = _within_budget(market, bids, pool_of, worst, budget, soft)
+        unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (covered < 0)), "budget"))
+        unbounded = market.within(np.full(len(market.room), np.inf))
+        pool_of, reserved = _on_what_is_left(unbounded if soft else market, bids, covered, pool_of, worst, budget)
         if soft:
             market = market.within(np.maximum(market.room, market.load(pool_of)))
         unserved = {lot: reason for lot, reason in unserved.items() if pool_of[lot] < 0}
-    reserved = tuple(worst.of(pool_of))
-    committed = _total(reserved)
+    may_cost = worst.of(pool_of)
+    rank = _ranks(bids, pool_of, [part == whole for part, whole in zip(reserved, may_cost, strict=True)])
     runner_up = _runners_up(bids, pool_of)
-    fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
+    fallback, beside = _fallbacks(bids, runner_up, worst, budget, _total(reserved))
+    certain = [
+        budget is None or at < 0 or part == worst(lot, at)
+        for lot, (at, part) in enumerate(zip(fallback.tolist(), beside, strict=True))
+    ]
     rent = _premiums(market, bids, pool_of, runner_up, rule)
     bill = exact(bids, pool_of, pool_of, "expected")
     objective, bound, regret = _regret(market, bids, pool_of, None if unserved else dealt.prices)
@@ -195,8 +225,12 @@ def clear(
             None if cost is None or more is None else cost + more for cost, more in zip(bill, rent, strict=True)
         ),
         rent=tuple(rent),
-        reserved=reserved,
-        committed=committed,
+        worst=tuple(may_cost),
+        reserved=tuple(reserved),
+        fallback_reserved=tuple(beside),
+        rank=rank,
+        fallback_rank=_ranks(bids, fallback, certain),
+        committed=_total([*reserved, *beside]),
         unserved={names[int(lot)].as_py(): reason for lot, reason in sorted(unserved.items())},
         objective=objective,
         lp_bound=bound,
@@ -244,11 +278,11 @@ def _finish_first(market: Market, pool_of: Ints) -> Ints:
     return pool_of
 
 
-class _WorstCases:
-    """Exact worst case of (lot, pool) pairs, in USD; a pool's are computed when first asked for."""
+class _Costs:
+    """Exact costs of (lot, pool) pairs, in USD; a pool's are computed when first asked for."""
 
-    def __init__(self, bids: BidMatrix) -> None:
-        self._bids, self._columns, self._known = bids, dict[int, pa.Array](), dict[int, list[Decimal]]()
+    def __init__(self, of_pool: Callable[[int], pa.Array]) -> None:
+        self._of_pool, self._columns, self._known = of_pool, dict[int, pa.Array](), dict[int, list[Decimal]]()
 
     def __call__(self, lot: int, pool: int) -> Decimal:
         if pool not in self._known:
@@ -266,17 +300,20 @@ class _WorstCases:
 
     def _column(self, pool: int) -> pa.Array:
         if pool not in self._columns:
-            self._columns[pool] = self._bids.worst_case_cost(int(pool))
+            self._columns[pool] = self._of_pool(pool)
         return self._columns[pool]
+
+
+def _written(money: Decimal) -> Decimal:
+    """So much of it as can be written down: what engines are held back leaves more places than that."""
+    return money.quantize(Decimal("1e-18"), ROUND_DOWN, Context(prec=60))
 
 
 def _total(costs: Iterable[Decimal | None]) -> Decimal:
     return sum((cost for cost in costs if cost is not None), Decimal(0))
 
 
-def _within_budget(
-    market: Market, bids: BidMatrix, pool_of: Ints, worst: _WorstCases, budget: Decimal, soft: bool
-) -> Ints:
+def _within_budget(market: Market, bids: BidMatrix, pool_of: Ints, worst: _Costs, budget: Decimal, soft: bool) -> Ints:
     """The assignment with what the budget cannot cover left out: the cheapest per answer are covered first.
 
     The lots are covered where they are, or dealt anew from the cheapest on, whichever serves more requests; what is
@@ -301,8 +338,44 @@ def _within_budget(
     return _cover(rest, bids, best, nobody, cheapest[best[cheapest] < 0], worst, budget)
 
 
+def _on_what_is_left(
+    market: Market, bids: BidMatrix, covered: Ints, pool_of: Ints, worst: _Costs, budget: Decimal
+) -> tuple[Ints, list[Decimal | None]]:
+    """The assignment with the lots that the budget does not cover, the cheapest per answer first, each on its pool in
+    ``pool_of`` or else the cheapest with room; and what is reserved of each lot's worst case (USD).
+
+    Pools paid by the token pay such a lot from what their others leave, so that they need not reserve anything of it
+    as long as they hold what one of its requests may cost. A pool paid by time is cancelled when its time is up: it
+    gets what the lot is expected to take, or no lot.
+    """
+    pool_of, dealt = covered.copy(), pool_of
+    reserved = worst.of(covered)
+    left = budget - _total(reserved)
+    by_time = np.array([pool.spec.price.by_time for pool in bids.pools], dtype=np.bool_)
+    held = _total(cost for cost, pool in zip(reserved, covered, strict=True) if pool >= 0 and not by_time[pool])
+    room = market.room - market.load(covered)
+    expected = _Costs(bids.expected_cost)
+    order = np.argsort(bids.score.min(axis=1) / np.maximum(bids.lots.requests, 1), kind="stable")
+    for lot in order[covered[order] < 0]:
+        here = int(dealt[lot])
+        ranked = np.argsort(bids.score[lot], kind="stable")[: np.count_nonzero(bids.eligible[lot])].tolist()
+        for pool in [*([here] if here >= 0 else []), *ranked]:
+            cost = worst(lot, pool)
+            enough = (
+                expected(lot, pool) <= left if by_time[pool] else cost <= (held + left) * int(bids.lots.requests[lot])
+            )
+            if market.seconds[lot, pool] <= room[pool] and enough:
+                part = min(cost, left)
+                pool_of[lot], reserved[lot] = pool, part
+                left -= part
+                held += 0 if by_time[pool] else part
+                room[pool] -= market.seconds[lot, pool]
+                break
+    return pool_of, reserved
+
+
 def _cover(
-    market: Market, bids: BidMatrix, covered: Ints, pool_of: Ints, order: Ints, worst: _WorstCases, budget: Decimal
+    market: Market, bids: BidMatrix, covered: Ints, pool_of: Ints, order: Ints, worst: _Costs, budget: Decimal
 ) -> Ints:
     """What is ``covered`` already, and lots in this order, each on its pool in ``pool_of`` or else the cheapest with
     room, as far as the budget goes."""
@@ -337,23 +410,39 @@ def _runners_up(bids: BidMatrix, pool_of: Ints) -> Ints:
 
 
 def _fallbacks(
-    bids: BidMatrix, pool_of: Ints, runner_up: Ints, worst: _WorstCases, budget: Decimal | None, committed: Decimal
-) -> tuple[Ints, Decimal]:
-    """The runners-up that the budget covers besides the awards, and what is then committed.
+    bids: BidMatrix, runner_up: Ints, worst: _Costs, budget: Decimal | None, committed: Decimal
+) -> tuple[Ints, list[Decimal]]:
+    """The runners-up that may take over, and what is reserved for each (USD) beside the ``committed`` awards.
 
-    A winner may go down when part of a lot is paid for, so both worst cases are covered. A pool paid by time is no
-    fallback under a budget: what bounds it are the seconds of its own awards.
+    A winner may go down when part of a lot is paid for, so both worst cases are covered as far as the budget goes. A
+    pool paid by time is no fallback under a budget: what bounds it are the seconds of its own awards.
     """
+    beside = [Decimal(0)] * len(runner_up)
     if budget is None:
-        return runner_up, committed
-    fallback = np.full(len(pool_of), UNSERVED, dtype=np.int64)
+        return runner_up, beside
+    fallback, left = runner_up.copy(), budget - committed
     for lot in np.flatnonzero(runner_up >= 0):
         pool = int(runner_up[lot])
-        if bids.pools[pool].spec.price.by_time or committed + worst(lot, pool) > budget:
-            continue
-        committed += worst(lot, pool)
-        fallback[lot] = pool
-    return fallback, committed
+        if bids.pools[pool].spec.price.by_time:
+            fallback[lot] = UNSERVED
+        else:
+            beside[lot] = min(worst(lot, pool), left)
+            left -= beside[lot]
+    return fallback, beside
+
+
+def _ranks(bids: BidMatrix, pool_of: Ints, covered: Sequence[bool]) -> Ints:
+    """In which order lots on these pools are paid for: 0 what is ``covered``, then the cheapest per answer, a tenth
+    more from each rank to the next. Lots of about the same price keep the order that their prefixes are in."""
+    rank = np.zeros(len(pool_of), dtype=np.int64)
+    lots = np.flatnonzero((pool_of >= 0) & ~np.array(covered, dtype=np.bool_))
+    if len(lots):
+        each = np.maximum(bids.score[lots, pool_of[lots]], 0.0) / np.maximum(bids.lots.requests[lots], 1)
+        paid = each > 0
+        rank[lots] = 1
+        # From a fixed price on, so that ranks on different pools compare.
+        rank[lots[paid]] = 1 + np.maximum(np.ceil(np.log(each[paid] / _NEXT_TO_NOTHING) / np.log(_STEP)), 1)
+    return rank
 
 
 def _premiums(

@@ -55,6 +55,8 @@ _SEGMENT_S = 0.5
 _REMOTE_SEGMENT_S = 2.0
 """Seconds after which what was answered is written down, locally and on an object store: a crash asks it again."""
 _TICK_S = 0.25
+_SHORT_S = 0.1
+"""Seconds after which what was answered is written down where others wait for the money that it leaves."""
 _WRITES_AHEAD = 2
 _GRACE_S = 10.0
 """Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
@@ -100,10 +102,10 @@ class Shift:
         """Of engines that are gone, and were started again: SEGMENT rows that are still to be written."""
         self._lanes: dict[tuple[str, str, int], Lane] = {}
         self._hedges = Hedges()
-        self._purse = Purse(context, task.reserved, self._lanes.values)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
         self._specs |= {pool: undeclared(self._specs[pool]) for pool, each in self._before.items() if each.strayed}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
+        self._purse = Purse(context, task, self._lanes.values, self._won)
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
         self._left = Leftovers(context, task.round, self._lots, self._won)
@@ -131,8 +133,11 @@ class Shift:
                     if not lane.open:
                         self._hand_over(lane)
                 self._hedge()
+                for lot, tags in self._purse.last_resort():
+                    self._keep_unsent(lot, tags, "budget")
                 pending = sum(lane.pending_results for lane in self._lanes.values())
-                if pending >= _SEGMENT_ROWS or (pending and self._flush_due(last_flush)):
+                closed = bool(self._closed_books) and self._purse.tight
+                if pending >= _SEGMENT_ROWS or closed or (pending and self._flush_due(last_flush)):
                     yield from self._flush(final=False)
                     last_flush = time.monotonic()
                     beat()
@@ -161,7 +166,8 @@ class Shift:
             raise
 
     def _flush_due(self, last_flush: float) -> bool:
-        waited = time.monotonic() - last_flush >= self._segment_s
+        short, waited_s = self._purse.waits, time.monotonic() - last_flush
+        waited = waited_s >= self._segment_s or (short and (waited_s >= _SHORT_S or self._purse.drained))
         lanes, hedged = self._lanes.values(), self._hedges.tags
         # A verdict that something hangs on, a probe's or a hedge's, is not waited for.
         return waited or any(lane.awaits_verdict or (len(hedged) and lane.has_result_of(hedged)) for lane in lanes)
@@ -181,6 +187,7 @@ class Shift:
             rows, _ = read_segment(self._context.journal, name)
             self._number = max(self._number, segment_number(name) + 1)
             self._flushes = self._number
+            self._purse.begun_before(rows)
             rows_lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
             tags.append(rows.filter(pc.invert(rows_lost)).column("tag").drop_null().to_numpy())
             failed.append(rows.filter(pc.invert(rows_lost)))
@@ -239,6 +246,7 @@ class Shift:
                 recount=self._recount(pool, model),
                 labels=self._specs[pool].placement,
                 reserved_ms=reserved_ms,
+                purse=self._purse if self._purse.tight and not terms.price.by_time else None,
             )
         return self._lanes[key]
 
@@ -544,7 +552,8 @@ class Shift:
         self._flushes += 1
         # Written beside the loop: a slow store must not leave an engine without work.
         self._writing.append(self._writer.submit(self._write, ruled.rows, tuple(terms.values())))
-        yield from self._written(keep=0 if final else _WRITES_AHEAD)
+        # What a bill leaves pays for others only once it is on the store: a crash before would book the worst case.
+        yield from self._written(keep=0 if final or self._purse.tight else _WRITES_AHEAD)
 
     def _write(self, rows: pa.Table, terms: tuple[Terms, ...]) -> SegmentRef:
         prefix = f"{self._context.scratch_name}/segments/{self._task.prefix}"

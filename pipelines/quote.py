@@ -19,7 +19,7 @@ from bidbeam.connectors.store import Store
 from bidbeam.pipelines.begin import make_context, model_facts, places, prepare_models, render_spec
 from bidbeam.pipelines.job import Job, check_fx
 from bidbeam.pipelines.known import known_pools
-from bidbeam.pipelines.offers import expected_bill, offers, worst_bill
+from bidbeam.pipelines.offers import coverage, expected_bill, offers, worst_bill
 from bidbeam.pipelines.resolving import resolve
 from bidbeam.pipelines.summary import Quote
 from bidbeam.transforms.rendering import check_columns
@@ -143,8 +143,12 @@ def _quote(job: Job, context: RunContext, counts: Counter[str], decision: Decisi
             table.column("last_error").to_pylist(), table.column("requests").to_pylist(), strict=True
         ):
             unserved[reason] += requests
+    uncovered, served = coverage(decision)
+    expected = sum(bill.values(), Decimal(0))
     return Quote(
-        expected_cost=sum(bill.values(), Decimal(0)),
+        expected_cost=expected if context.max_cost is None else min(expected, context.max_cost),
+        uncovered=uncovered,
+        expected_served=served,
         worst_case_cost=worst_bill(context, decision, job.auction.rounds),
         reserved_cost=sum_decimal(awards.column("reserved")),
         pools=pools,

@@ -92,7 +92,10 @@ def quote_text(quote: Quote) -> str:
         rows.append(("unserved", counts(quote.unserved)))
     rows.append(("expected cost", usd(quote.expected_cost) + _saved(quote.expected_cost, quote.baseline_cost)))
     if quote.reserved_cost is not None:
-        rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
+        part = "for full answers and nothing cached" + (", as far as the budget goes" if quote.uncovered else "")
+        rows.append(("reserved", f"{usd(quote.reserved_cost)}, {part}"))
+    if quote.uncovered:
+        rows.append(("budget", _short_text(quote)))
     rows.append(("worst case", _worst_text(quote)))
     if quote.lp_bound is not None:
         regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
@@ -124,6 +127,12 @@ def quote_text(quote: Quote) -> str:
     if any(each.answers for each in quote.pools):
         parts.insert(1, _seen_text(quote))
     return "\n\n".join(parts)
+
+
+def _short_text(quote: Quote) -> str:
+    asked = quote.requests - quote.dead_invalid - sum(quote.unserved.values())
+    may_end = f"worst case above the budget: may end with {quote.uncovered:,} budget dead letters"
+    return f"{may_end}; {quote.expected_served or 0:,} of {asked:,} expected to be served"
 
 
 def _rent_text(quote: Quote) -> str:

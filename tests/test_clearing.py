@@ -190,6 +190,7 @@ def test_tables_have_the_ledgers_schemas() -> None:
         assert auction.to_pylist()[0] | {"objective": 0, "lp_bound": 0, "regret": 0} == {
             "run_id": "r", "round": 3, "lots": lots.num_rows, "pools": 2, "objective": 0, "lp_bound": 0, "regret": 0,
             "awarded": min(lots.num_rows, 1), "cleared_at": NOW, "rule": rule_text(),
+            "budget": None,
         }  # fmt: skip
 
 
@@ -205,9 +206,9 @@ def test_tables_have_the_ledgers_schemas() -> None:
 def test_no_wall_is_ever_passed(
     lots: int, pools: int, seed: int, timed: float, seconds: int | None, budget: Decimal | None
 ) -> None:
-    """Every lot is awarded or unserved, once; awards only to eligible pools, within seconds and budget, their worst case
-    reserved where the budget goes that far, at a cost no lower than the bound; and the same market clears the same way
-    again."""
+    """Every lot is awarded or unserved, once; awards only to eligible pools, within seconds and budget, all of it
+    reserved where that is less than the worst cases, at a cost no lower than the bound; and the same market clears the
+    same way again."""
     table, states = random_market(lots, pools, seed, timed=timed)
     deadline = None if seconds is None else NOW + timedelta(seconds=seconds)
     bids = make_bids(table, states, now=NOW, deadline=deadline)

@@ -23,6 +23,7 @@ from bidbeam.transforms.adopting import adopt, with_adopted
 from bidbeam.transforms.affinity import with_holders
 from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_state
 from bidbeam.transforms.clearing import Clearing, clear
+from bidbeam.transforms.cutting import cut_to_fit
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.heartbeat import SoFar, so_far
@@ -185,23 +186,31 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         for each in states
     ]
     pools, held = _afford_engines(context, round_, states, wanted, budget)
-    bids = prefer_untried(
-        make_bids(
-            lots,
-            pools,
-            now=now,
-            deadline=context.deadline_at,
-            # What planning took is no part of the market's time.
-            started_at=context.started_at if round_ > 1 else now,
-            rates=context.fx_rates,
-        ),
-        lots.column("failed_on").to_pylist(),
-        {name for name, pool in before.items() if pool.down},
-    )
-    cleared = worth_setting_up(
-        _cleared(bids, budget, held, context.payment),
-        lambda fewer: _cleared(fewer, budget, held, context.payment),
-    )
+
+    def auction(lots: pa.Table) -> Clearing:
+        bids = prefer_untried(
+            make_bids(
+                lots,
+                pools,
+                now=now,
+                deadline=context.deadline_at,
+                # What planning took is no part of the market's time.
+                started_at=context.started_at if round_ > 1 else now,
+                rates=context.fx_rates,
+            ),
+            lots.column("failed_on").to_pylist(),
+            {name for name, pool in before.items() if pool.down},
+        )
+        return worth_setting_up(
+            _cleared(bids, budget, held, context.payment),
+            lambda fewer: _cleared(fewer, budget, held, context.payment),
+        )
+
+    cleared = auction(lots)
+    if (parts := cut_to_fit(context, lots, cleared)) is not None:
+        again = auction(parts)
+        if again.requests > cleared.requests:
+            lots, cleared = parts, again
     lots = with_holders(lots, cleared.pool_of, [pool.spec.name for pool in cleared.bids.pools])
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]

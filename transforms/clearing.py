@@ -74,7 +74,9 @@ class Clearing:
     lp_bound: Decimal | None
     regret: Decimal | None
     budget: Decimal | None
-    """What there was to reserve (USD); None: no wall."""
+    """What there was to reserve (USD, at most 18 places); None: no wall."""
+    room: Floats
+    """Seconds that each pool has left (pools,); inf where nothing bounds them."""
 
     @property
     def reserve(self) -> pa.Array:
@@ -86,7 +88,7 @@ class Clearing:
         worth = parts_per_million(pa.array(least, COST), reserve_ppm(self.bids.urgency))
         if self.budget is None:
             return worth
-        left = pa.scalar(_written(self.budget), COST)
+        left = pa.scalar(self.budget, COST)
         return pc.if_else(pc.greater(worth, left), left, worth)
 
     @property
@@ -94,6 +96,11 @@ class Clearing:
         """Ids of the lots that are not served for certain, by what is reserved for them."""
         ids = self.bids.lots.lot_id
         return frozenset([*self.unserved, *(ids[int(lot)].as_py() for lot in np.flatnonzero(self.rank))])
+
+    @property
+    def requests(self) -> int:
+        """How many requests are awarded."""
+        return int(self.bids.lots.requests[self.pool_of >= 0].sum())
 
     @property
     def lots_of(self) -> dict[str, tuple[int, ...]]:
@@ -158,6 +165,7 @@ class Clearing:
             "awarded": int(np.count_nonzero(self.pool_of >= 0)),
             "cleared_at": self.bids.now,
             "rule": self.bids.rule,
+            "budget": self.budget,
         }
         return pa.Table.from_pylist([row], schema=AUCTIONS)
 
@@ -236,6 +244,7 @@ def clear(
         lp_bound=bound,
         regret=regret,
         budget=budget,
+        room=np.full(len(bids.pools), np.inf) if soft else np.maximum(market.room - market.load(pool_of), 0.0),
     )
 
 

@@ -109,15 +109,18 @@ def test_the_budget_covers_the_cheapest_answers_first() -> None:
     assert set(clear(bids, budget=Decimal(0)).unserved.values()) == {"budget"}
 
 
-def test_a_pool_paid_by_time_gets_no_lot_without_the_time_that_it_is_expected_to_take() -> None:
-    """It would be cancelled with everything in flight: below its worst case a lot is awarded on what is expected."""
+def test_a_pool_paid_by_time_gets_no_more_than_it_is_expected_to_do_in_what_is_reserved() -> None:
+    """It would be cancelled with everything in flight. Beyond the worst case that the budget covers, lots are awarded on
+    what they are expected to take."""
     lots = lots_of({}, {})
     bids = make_bids(lots, [pool("own", hour="3.6", tokens_per_second=100)], now=NOW)
     expected, worst = bids.expected_cost(0)[0].as_py(), bids.worst_case_cost(0)[0].as_py()
-    some = clear(bids, budget=worst + expected)
-    assert sorted(some.reserved) == [expected, worst]
-    assert some.rank.tolist().count(0) == 1
-    assert len(clear(bids, budget=worst + expected * Decimal("0.9")).unserved) == 1
+    assert worst == 4 * expected
+    for budget, reserved, rank in ((worst, (worst, 0), (0, 1)), (2 * expected, (2 * expected, 0), (1, 1))):
+        some = clear(bids, budget=budget)
+        assert (some.reserved, tuple(np.minimum(some.rank, 1)), some.unserved) == (reserved, rank, {})
+    less = clear(bids, budget=expected * Decimal("1.9"))
+    assert (less.reserved, less.unserved) == ((expected * Decimal("1.9"), None), {"l1": "budget"})
     assert set(clear(bids, budget=expected * Decimal("0.9")).unserved.values()) == {"budget"}
 
 

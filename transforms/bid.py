@@ -187,8 +187,8 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
     ]
     pools, held = _afford_engines(context, round_, states, wanted, budget)
 
-    def auction(lots: pa.Table) -> Clearing:
-        bids = prefer_untried(
+    def bids_for(lots: pa.Table) -> BidMatrix:
+        return prefer_untried(
             make_bids(
                 lots,
                 pools,
@@ -201,14 +201,19 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
             lots.column("failed_on").to_pylist(),
             {name for name, pool in before.items() if pool.down},
         )
+
+    def settled(first: Clearing) -> Clearing:
+        def without_idle(cleared: Clearing) -> Clearing:
+            return _without_idle(cleared, budget, held, context.payment)
+
         return worth_setting_up(
-            _cleared(bids, budget, held, context.payment),
-            lambda fewer: _cleared(fewer, budget, held, context.payment),
+            without_idle(first), lambda fewer: without_idle(_cleared(fewer, budget, held, context.payment))
         )
 
-    cleared = auction(lots)
-    if (parts := cut_to_fit(context, lots, cleared)) is not None:
-        again = auction(parts)
+    first = _cleared(bids_for(lots), budget, held, context.payment)
+    cleared = settled(first)
+    if (parts := cut_to_fit(context, lots, first)) is not None:
+        again = settled(_cleared(bids_for(parts), budget, held, context.payment))
         if again.requests > cleared.requests:
             lots, cleared = parts, again
     lots = with_holders(lots, cleared.pool_of, [pool.spec.name for pool in cleared.bids.pools])
@@ -233,19 +238,26 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
 
 
 def _cleared(bids: BidMatrix, budget: Decimal | None, held: dict[str, Decimal], payment: str) -> Clearing:
-    """Clears with what is left of the budget (USD) beside what engines are ``held`` for, by pool; where lots wait for
-    money, without the engines that won nothing, until what is held is held for those that work."""
-    if budget is None:
-        return clear(bids, budget=None, payment=payment)
+    """Clears with what is left of the budget (USD) beside what engines are ``held`` for, by pool."""
+    return clear(bids, budget=None if budget is None else budget - _held_for(bids, held), payment=payment)
+
+
+def _held_for(bids: BidMatrix, held: dict[str, Decimal]) -> Decimal:
     bidding = {pool.spec.name for at, pool in enumerate(bids.pools) if bids.eligible[:, at].any()}
-    held = {name: cost for name, cost in held.items() if name in bidding}
-    while True:
-        cleared = clear(bids, budget=budget - sum(held.values(), Decimal(0)), payment=payment)
-        idle = [name for name, cost in held.items() if cost and name not in cleared.lots_of]
-        if not idle or not (cleared.rank.any() or "budget" in cleared.unserved.values()):
-            return cleared
-        held = {name: cost for name, cost in held.items() if name not in idle}
-        bids = without_pools(bids, idle, "capacity")
+    return sum((cost for name, cost in held.items() if name in bidding), Decimal(0))
+
+
+def _without_idle(cleared: Clearing, budget: Decimal | None, held: dict[str, Decimal], payment: str) -> Clearing:
+    """Where lots wait for money, the clearing without the engines that won nothing, until what is held is held for
+    those that work."""
+    while cleared.rank.any() or "budget" in cleared.unserved.values():
+        bids = cleared.bids
+        bidding = [pool.spec.name for at, pool in enumerate(bids.pools) if bids.eligible[:, at].any()]
+        idle = [name for name in bidding if held.get(name) and name not in cleared.lots_of]
+        if not idle:
+            break
+        cleared = _cleared(without_pools(bids, idle, "capacity"), budget, held, payment)
+    return cleared
 
 
 def _terms_by_name(context: RunContext, pool: str, model: str) -> Terms:

@@ -34,6 +34,8 @@ from bidbeam.transforms.pricing import parts_per_million
 from bidbeam.transforms.scoring import reserve_ppm
 
 DEFAULT_SLACK = 1.25
+_BY_TOKEN = -1
+"""All pools paid by the token together, beside single pools paid by time."""
 _NEXT_TO_NOTHING, _STEP = 1e-12, 1.1
 """USD per answer from which on lots are told apart by their price, and by how much."""
 
@@ -353,31 +355,36 @@ def _on_what_is_left(
     """The assignment with the lots that the budget does not cover, the cheapest per answer first, each on its pool in
     ``pool_of`` or else the cheapest with room; and what is reserved of each lot's worst case (USD).
 
-    Pools paid by the token pay such a lot from what their others leave, so that they need not reserve anything of it
-    as long as they hold what one of its requests may cost. A pool paid by time is cancelled when its time is up: it
-    gets what the lot is expected to take, or no lot.
+    Such a lot is paid from what others leave, so that nothing of it need be reserved: of pools paid by the token, as
+    long as they hold together what one of its requests may cost; of one paid by time, which is cancelled with all that
+    it is at when its time is up, as long as that is enough for all of its lots as they are expected to go.
     """
     pool_of, dealt = covered.copy(), pool_of
     reserved = worst.of(covered)
     left = budget - _total(reserved)
     by_time = np.array([pool.spec.price.by_time for pool in bids.pools], dtype=np.bool_)
-    held = _total(cost for cost, pool in zip(reserved, covered, strict=True) if pool >= 0 and not by_time[pool])
-    room = market.room - market.load(covered)
     expected = _Costs(bids.expected_cost)
+    held = dict.fromkeys([_BY_TOKEN, *np.flatnonzero(by_time).tolist()], Decimal(0))
+    busy = dict.fromkeys(held, Decimal(0))
+    for lot in np.flatnonzero(covered >= 0):
+        at = int(covered[lot]) if by_time[covered[lot]] else _BY_TOKEN
+        held[at] += reserved[lot] or 0
+        busy[at] += expected(int(lot), at) if at >= 0 else 0
+    room = market.room - market.load(covered)
     order = np.argsort(bids.score.min(axis=1) / np.maximum(bids.lots.requests, 1), kind="stable")
     for lot in order[covered[order] < 0]:
         here = int(dealt[lot])
         ranked = np.argsort(bids.score[lot], kind="stable")[: np.count_nonzero(bids.eligible[lot])].tolist()
         for pool in [*([here] if here >= 0 else []), *ranked]:
             cost = worst(lot, pool)
-            enough = (
-                expected(lot, pool) <= left if by_time[pool] else cost <= (held + left) * int(bids.lots.requests[lot])
-            )
-            if market.seconds[lot, pool] <= room[pool] and enough:
+            at = pool if by_time[pool] else _BY_TOKEN
+            needs = busy[at] + expected(lot, pool) if at >= 0 else cost / int(max(bids.lots.requests[lot], 1))
+            if market.seconds[lot, pool] <= room[pool] and needs <= held[at] + left:
                 part = min(cost, left)
                 pool_of[lot], reserved[lot] = pool, part
                 left -= part
-                held += 0 if by_time[pool] else part
+                held[at] += part
+                busy[at] += expected(lot, pool) if at >= 0 else 0
                 room[pool] -= market.seconds[lot, pool]
                 break
     return pool_of, reserved

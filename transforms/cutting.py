@@ -1,9 +1,10 @@
-"""Cutting lots that nobody can serve whole: what fits into the time, the money or the context that is left is served."""
+"""Cutting lots that nobody can serve whole, so that what fits into the time, money or context left is served."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -59,13 +60,15 @@ def _parts(cleared: Clearing) -> Any:
     left anywhere."""
     bids = cleared.bids
     least = np.full(len(bids.lots), np.inf)
+    reserved = sum((part for part in cleared.reserved if part is not None), Decimal(0))
     for at, pool in enumerate(bids.pools):
         late = np.asarray(pc.fill_null(pc.equal(bids.reject[at], "deadline"), False))
         seconds = np.nan_to_num(bids.seconds[:, at], nan=0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             over = np.where(seconds > 0, seconds / cleared.room[at], 0.0)
             if cleared.budget is not None and pool.spec.price.by_time:
-                money = float(cleared.budget - cleared.committed)
+                # What is reserved for fallbacks gives way to lots.
+                money = float(cleared.budget - reserved)
                 over = np.maximum(over, as_floats(bids.expected_cost(at)) / money) if money > 0 else over + np.inf
         least = np.where((bids.eligible[:, at] | late) & (over > 0), np.fmin(least, over), least)
     return least

@@ -110,8 +110,8 @@ def test_the_budget_covers_the_cheapest_answers_first() -> None:
 
 
 def test_a_pool_paid_by_time_gets_no_more_than_it_is_expected_to_do_in_what_is_reserved() -> None:
-    """It would be cancelled with everything in flight. Beyond the worst case that the budget covers, lots are awarded on
-    what they are expected to take."""
+    """It would be cancelled with everything in flight. Beyond the worst case that the budget covers, lots are awarded
+    on what they are expected to take."""
     lots = lots_of({}, {})
     bids = make_bids(lots, [pool("own", hour="3.6", tokens_per_second=100)], now=NOW)
     expected, worst = bids.expected_cost(0)[0].as_py(), bids.worst_case_cost(0)[0].as_py()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -221,12 +222,11 @@ def test_money_goes_to_the_cheaper_answers_first(tmp_path: Path) -> None:
     task = replace(task, awards=tuple(awards), tight=True)
 
     class Sluggish(Scripted):
-        polls = 0
+        begun_s = math.inf
 
         def poll(self) -> list[pa.RecordBatch]:
-            self.polls += 1
-            self.wake()
-            return super().poll() if self.polls > 50 else []
+            self.begun_s = min(self.begun_s, time.monotonic())
+            return super().poll() if time.monotonic() > self.begun_s + 0.2 else []
 
     def served(near: Scripted, far: Watched, reserved: Decimal) -> tuple[list[int], list[int]]:
         rows, unserved = stage.run(replace(task, reserved=reserved), {"near": near, "far": far})

@@ -79,6 +79,8 @@ class Lane:
     """What each request is paid from before it is sent; None: all that the lane is given is paid for."""
     short: bool = False
     """Whether its next request waits for money that others may leave."""
+    freed: Decimal = Decimal(0)
+    """What settled requests did not cost of their worst case (USD) and nobody has taken back yet: see ``purse``."""
     queue: deque[Lot] = field(default_factory=deque)
     down: str | None = None
     """Why the pool serves nothing any more."""
@@ -456,6 +458,7 @@ class Lane:
         """
         if final and self.retire is not None:
             self.retire()
+        promised, cost = self.promised, self.cost
         now = now or datetime.now(UTC)
         metered = self.meter is not None and self.terms.price.by_time
         if final and self.down and self._outstanding and metered:
@@ -493,6 +496,7 @@ class Lane:
             rows.append(self._lost(sent, now))
         for batch in rows:
             self._count(batch)
+        self.freed += max(promised - self.promised - (self.cost - cost), Decimal(0))
         return pa.Table.from_batches(rows).unify_dictionaries() if rows else None
 
     def _lost(self, requests: pa.RecordBatch, now: datetime, started_at: pa.Array | None = None) -> pa.RecordBatch:

@@ -2,7 +2,7 @@
 
 Where the reserve covers all lots and fallbacks at their worst, only second tries ask whether there is money for them.
 Where it does not the round is *tight*: every request is paid for at its worst case before it is sent, and once its bill
-is in the journal what it did not cost pays for others. So the reserve turns over until the bills themselves have used
+is on the store what it did not cost pays for others. So the reserve turns over until the bills themselves have used
 it up, and at no moment is more out and spent than it holds.
 
 Lots that the reserve covers come first. Of the others those that are cheaper per answer do: a lot gets no money as long
@@ -11,6 +11,7 @@ as that is needed for cheaper ones of another pool which still have to be sent. 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
@@ -50,6 +51,8 @@ class Purse:
         """Whether every request is paid for before it is sent."""
         self._before = self._owed = Decimal(0)
         self._orders: dict[int, pa.Table] = {}
+        self._unwritten = deque[Decimal]()
+        self._cheaper: dict[tuple[str, str, int], tuple[int, Decimal]] = {}
         self._abandoned = pa.table({"tag": pa.array([], pa.int64()), "worst": pa.array([], COST)})
         self._last_resort = False
 
@@ -91,7 +94,8 @@ class Purse:
     @property
     def left(self) -> Decimal:
         """USD that nothing has cost, or may yet cost. What was taken over from an earlier start is paid for apart."""
-        promised = sum((lane.promised for lane in self._lanes()), sum_decimal(self._abandoned.column("worst")))
+        promised = sum((lane.promised + lane.freed for lane in self._lanes()), sum(self._unwritten, Decimal(0)))
+        promised += sum_decimal(self._abandoned.column("worst"))
         return (self._reserved or Decimal(0)) - self._adopted - self._bought - promised
 
     def worst(self, lane: Lane, lot: Lot, info: pa.RecordBatch) -> pa.Array:
@@ -130,6 +134,17 @@ class Purse:
         """See ``drawing.Draws``."""
         self._abandoned = pa.concat_tables([self._abandoned, pa.table({"tag": tags, "worst": worst})])
 
+    def settled(self) -> None:
+        """A segment is about to be written. Until it is on the store, a crash would book all of it at its worst: what
+        its bills leave is nobody's yet."""
+        self._unwritten.append(sum((lane.freed for lane in self._lanes()), Decimal(0)))
+        for lane in self._lanes():
+            lane.freed = Decimal(0)
+
+    def written(self) -> None:
+        """The first of the segments that are not on the store is."""
+        self._unwritten.popleft()
+
     @property
     def waits(self) -> bool:
         """Whether some request waits for money that what is out may leave."""
@@ -144,6 +159,8 @@ class Purse:
     def _quiet(self) -> bool:
         """Whether nothing can leave money soon, neither what is out nor what is about to go."""
         lanes = [lane for lane in self._lanes() if not isinstance(lane.engine, Lasting)]
+        if any(self._unwritten) or any(lane.freed for lane in lanes):
+            return False
         return self.drained and not any(lane.pending_results or (lane.waiting and not lane.short) for lane in lanes)
 
     def last_resort(self) -> list[tuple[Lot, Tags]]:
@@ -178,6 +195,8 @@ class Purse:
         while lane.unpaid is None and lane.queue:
             lot = lane.queue[0]
             tags = all_tags(lot)
+            if lot["range"] not in self._orders:
+                self._orders = {}
             here = worst_cases_of(*self._of_order(lot, tags), terms=lane.terms)
             if pc.min(here).as_py() <= left or lot["lot_id"].endswith(TAKEN_OVER):
                 break
@@ -193,8 +212,18 @@ class Purse:
                 continue
             if (opened := other.unpaid) is not None and self._rank(other, opened[0]) < rank:
                 kept += opened[1]
-            kept += sum((each.get("worst") or 0 for each in other.queue if self._rank(other, each) < rank), Decimal(0))
+            kept += self._queued(other, rank)
         return kept
+
+    def _queued(self, lane: Lane, rank: int) -> Decimal:
+        """USD that what is queued at a lane, of lower ranks, may cost; counted anew whenever the queue is another."""
+        key, length = (lane.pool, lane.model, rank), len(lane.queue)
+        if self._cheaper.get(key, (-1,))[0] != length:
+            worst: Iterator[Decimal] = (
+                each.get("worst") or Decimal(0) for each in lane.queue if self._rank(lane, each) < rank
+            )
+            self._cheaper[key] = length, sum(worst, Decimal(0))
+        return self._cheaper[key][1]
 
     def _rank(self, lane: Lane, lot: Lot) -> int:
         """0: the reserve covers the lot on this lane; else the higher the dearer it is per answer."""

@@ -136,11 +136,13 @@ class Shift:
                 for lot, tags in self._purse.last_resort():
                     self._keep_unsent(lot, tags, "budget")
                 pending = sum(lane.pending_results for lane in self._lanes.values())
-                closed = bool(self._closed_books) and self._purse.tight
-                if pending >= _SEGMENT_ROWS or closed or (pending and self._flush_due(last_flush)):
+                pending += bool(self._closed_books)
+                if pending >= _SEGMENT_ROWS or (pending and self._flush_due(last_flush)):
                     yield from self._flush(final=False)
                     last_flush = time.monotonic()
                     beat()
+                elif self._purse.waits and self._writing:
+                    yield from self._written(keep=0)
                 elif not pending or not any(lane.hungry for lane in self._lanes.values()):
                     self._wake.wait(_TICK_S)
                     self._wake.clear()
@@ -551,9 +553,9 @@ class Shift:
             lane.settled, lane.failed = lane.settled - answered, lane.failed - (not answered)
         self._flushes += 1
         # Written beside the loop: a slow store must not leave an engine without work.
+        self._purse.settled()
         self._writing.append(self._writer.submit(self._write, ruled.rows, tuple(terms.values())))
-        # What a bill leaves pays for others only once it is on the store: a crash before would book the worst case.
-        yield from self._written(keep=0 if final or self._purse.tight else _WRITES_AHEAD)
+        yield from self._written(keep=0 if final or self._purse.waits else _WRITES_AHEAD)
 
     def _write(self, rows: pa.Table, terms: tuple[Terms, ...]) -> SegmentRef:
         prefix = f"{self._context.scratch_name}/segments/{self._task.prefix}"
@@ -564,7 +566,9 @@ class Shift:
     def _written(self, *, keep: int) -> Iterator[ShiftResult]:
         """Segments that are on the store, in order; waits until no more than ``keep`` are not."""
         while self._writing and (len(self._writing) > keep or self._writing[0].done()):
-            yield ShiftResult(segment=self._writing.popleft().result())
+            segment = self._writing.popleft().result()
+            self._purse.written()
+            yield ShiftResult(segment=segment)
 
 
 def _last_failures(rows: pa.Table) -> pa.Table:

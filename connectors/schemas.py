@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-LEDGER_VERSION = 3
+LEDGER_VERSION = 4
 
 LABEL = pa.dictionary(pa.int32(), pa.string())
 UTC = pa.timestamp("us", "UTC")
@@ -80,10 +80,12 @@ AWARDS = _schema(
 AUCTIONS = _schema(
     ("run_id", LABEL), ("round", pa.int16()), ("lots", pa.int64()), ("pools", pa.int64()), ("objective", COST),
     ("lp_bound", COST), ("regret", pa.decimal128(20, 15)), ("awarded", pa.int64()), ("cleared_at", UTC),
-    ("rule", pa.string()),
+    ("rule", pa.string()), ("budget", COST),
 )  # fmt: skip
-"""``regret`` = (objective - lp_bound) / lp_bound over the awarded lots; NULL where the bound is 0 or unknown. ``rule``
-is the scoring rule that bids were told before: its parameters as JSON, with a digest of them."""
+"""``regret`` = (objective - lp_bound) / lp_bound over the awarded lots, as if all of each were served; NULL where the
+bound is 0 or unknown. ``rule`` is the scoring rule that bids were told before: its parameters as JSON, with a digest of
+them. ``budget`` is what there was to reserve, USD, NULL where there was no wall: where it is less than the worst cases,
+awards reserve all of it together, and a lot with less than its worst case is served from what others leave."""
 
 ATTEMPTS = _schema(
     ("run_id", LABEL), ("request_id", pa.string()), ("lot_id", LABEL), ("round", pa.int16()), ("attempt_id", UUID),

@@ -69,6 +69,12 @@ def _clearing(it: Clearing) -> Iterator[str]:
             f"  awarded for {_money(it.price_paid)} by {it.payment_rule or 'no rule'}, which is no charge yet; "
             f"{_money(it.reserved)} reserved for the worst case"
         )
+        worst = next((bid.worst_case_cost for bid in offers if bid.pool == it.winner), None)
+        if worst is not None and it.reserved is not None and it.reserved < worst:
+            yield (
+                f"  the budget did not cover the worst case of {_money(worst)}: "
+                "requests were sent once others had left money for them"
+            )
 
 
 def _why(it: Clearing) -> str:

@@ -128,7 +128,9 @@ def worst_bill(context: RunContext, decision: Decision, rounds: int) -> Decimal 
     timed = [spec for spec in context.pools if spec.price.by_time]
     if context.max_cost is None and any(pc.any(_of(bids, spec.name).column("eligible")).as_py() for spec in timed):
         return None
-    total = sum_decimal(awards.column("reserved"))
+    worst_of = _by_lot_and_pool(bids, "worst_case_cost")
+    won = zip(_texts(awards, "lot_id"), _texts(awards, "pool"), strict=True)
+    total = sum((worst_of[each] for each in won), Decimal(0))
     if bids.num_rows:
         worst = bids.select(["lot_id", "worst_case_cost"]).group_by("lot_id")
         worst = worst.aggregate([("worst_case_cost", "max"), ("worst_case_cost", "count")])
@@ -175,6 +177,37 @@ def baseline_bill(context: RunContext, decision: Decision, behind: Mapping[str, 
         total += (input_ - reused) * baseline.input + reused * (baseline.cached_input or 0) + told * baseline.output
         total += answers * (baseline.request or 0)
     return total
+
+
+def coverage(decision: Decision) -> tuple[int, int]:
+    """How many requests of the awards the budget does not cover at their worst, and how many are expected to be served.
+
+    Of a lot that is covered in part so many of its requests count as the part of its worst case that is reserved. The
+    lots are served in the order of ``clearing``, until their expected bills have used up what there was to reserve.
+    """
+    awards, bids, lots = (decision.tables[name] for name in ("awards", "bids", "lots"))
+    budget = next(iter(decision.tables["auctions"].column("budget").to_pylist()), None)
+    requests = dict(zip(_texts(lots, "lot_id"), lots.column("requests").to_pylist(), strict=True))
+    expected, worst = (_by_lot_and_pool(bids, name) for name in ("expected_cost", "worst_case_cost"))
+    uncovered = served = 0
+    left, waiting = budget, list[tuple[Decimal, int, Decimal]]()
+    for lot, pool, reserved, score in zip(
+        _texts(awards, "lot_id"),
+        _texts(awards, "pool"),
+        *(awards.column(name).to_pylist() for name in ("reserved", "score")),
+        strict=True,
+    ):
+        count, bill, most = requests[lot], expected[lot, pool], worst[lot, pool]
+        if reserved == most:
+            served += count
+            left = None if left is None else max(left - bill, Decimal(0))
+        else:
+            uncovered += count - int(count * reserved / most)
+            waiting.append((score / max(count, 1), count, bill))
+    for _, count, bill in sorted(waiting):
+        served += count if left is None or bill <= left else int(count * left / bill)
+        left = None if left is None else max(left - bill, Decimal(0))
+    return uncovered, served
 
 
 def _offer(context: RunContext, spec: PoolSpec, mine: pa.Table, offered: pa.Table, lots: pa.Table) -> QuotePool:

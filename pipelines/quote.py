@@ -27,6 +27,7 @@ from bidbeam.pipelines.job import Job, check_fx, check_input
 from bidbeam.pipelines.known import known_pools
 from bidbeam.pipelines.offers import (
     baseline_bill,
+    coverage,
     expected_bill,
     least_budget,
     offers,
@@ -180,8 +181,13 @@ def _quote(job: Job, context: RunContext, planned: _Planned, decision: Decision 
     pools = tuple(replace(offer, expected_cost=bill.get(offer.pool, Decimal(0))) for offer in offers(context, decision))
     finishes = [pool.finish_s for pool in pools if pool.lots]
     unserved = rows.unserved((decision.waiting, decision.refused))
+    uncovered, served = coverage(decision)
+    expected = sum(bill.values(), Decimal(0))
+    budget = None if context.max_cost is None else max(context.max_cost - context.spent, Decimal(0))
     return Quote(
-        expected_cost=sum(bill.values(), Decimal(0)),
+        expected_cost=expected if budget is None else min(expected, budget),
+        uncovered=uncovered,
+        expected_served=served,
         worst_case_cost=worst_bill(context, decision, job.auction.rounds),
         reserved_cost=sum_decimal(awards.column("reserved")),
         pools=pools,

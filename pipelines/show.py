@@ -117,7 +117,10 @@ def quote_text(quote: Quote) -> str:
             ("not in it", f"how long {', '.join(quote.overhead_unknown)} will load and idle: no run has shown it")
         )
     if quote.reserved_cost is not None:
-        rows.append(("reserved", f"{usd(quote.reserved_cost)}, for full answers and nothing cached"))
+        part = "for full answers and nothing cached" + (", as far as the budget goes" if quote.uncovered else "")
+        rows.append(("reserved", f"{usd(quote.reserved_cost)}, {part}"))
+    if quote.uncovered:
+        rows.append(("budget", _short_text(quote)))
     rows.append(("worst case", _worst_text(quote)))
     if quote.lp_bound is not None:
         regret = "" if quote.regret is None else f", regret {100 * quote.regret:.2f}%"
@@ -176,6 +179,12 @@ def _prompts(quote: Quote) -> str:
         if number
     ]
     return ", ".join([f"{quote.requests:,}", *parts])
+
+
+def _short_text(quote: Quote) -> str:
+    asked = quote.to_ask - sum(quote.unserved.values())
+    may_end = f"worst case above the budget: may end with {quote.uncovered:,} budget dead letters"
+    return f"{may_end}; {quote.expected_served or 0:,} of {asked:,} expected to be served"
 
 
 def _rent_text(quote: Quote) -> str:

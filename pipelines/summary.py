@@ -137,7 +137,12 @@ class Quote:
     pools: tuple[QuotePool, ...] = ()
     lots: int = 0
     reserved_cost: Decimal | None = None
-    """What the awards reserve: every request answered once, nothing cached, every answer at its full length."""
+    """What the awards reserve: every request answered once, nothing cached, every answer at its full length; of that as
+    much as the budget covers."""
+    uncovered: int = 0
+    """Requests, about, that the budget does not cover then: up to so many may end as ``budget`` dead letters."""
+    expected_served: int | None = None
+    """Requests that are expected to be served within the budget, as long as nobody fails; None: there is no market."""
     unserved: Mapping[str, int] = field(default_factory=dict)
     """Requests that no pool would take, by reason."""
     needed: Decimal | None = None

@@ -314,9 +314,10 @@ RULES = (
     ),
     # A request that a pool charged for without an answer may be asked of it again, within what the round reserved for
     # all of its lots, or without a wall where there is no budget: an award reserves one try of each of its requests.
+    # Where the budget does not cover them all, some are served from what others leave of their reserve.
     Rule(
         "awards.reserved",
-        "what was paid by the token for a lot, one try of each request, is within what its award reserved",
+        "what was paid by the token for lots, one try of each request, is within worst cases and what was reserved",
         "awards",
         """
         WITH by_time AS (
@@ -332,13 +333,28 @@ RULES = (
         ), dearest AS (
             SELECT run_id, round, lot_id, pool, request_id, max(cost) AS cost FROM tries GROUP BY ALL
         ), spent AS (
-            SELECT run_id, round, lot_id, pool, sum(cost) AS spent FROM dearest GROUP BY ALL)
-        SELECT award.run_id, award.round, award.lot_id, award.pool, award.reserved, spent.spent, award.price_paid
-        FROM awards AS award
-        LEFT JOIN spent ON spent.run_id = award.run_id AND spent.round = award.round AND spent.lot_id = award.lot_id
-            AND spent.pool = award.pool
-        WHERE spent.spent > award.reserved
-            OR (award.payment_rule = 'pay_as_bid' AND award.price_paid > award.reserved)""",
+            SELECT run_id, round, lot_id, pool, sum(cost) AS spent FROM dearest GROUP BY ALL
+        ), held AS (
+            SELECT
+                award.run_id, award.round, award.lot_id, award.pool, award.reserved, offer.worst_case_cost AS worst,
+                spent.spent, award.price_paid, award.payment_rule,
+                sum(CASE WHEN offer.price_id NOT IN (SELECT price_id FROM by_time) THEN award.reserved END)
+                    OVER together AS covered,
+                sum(spent.spent) OVER together AS paid, sum(award.reserved) OVER together AS together, auction.budget
+            FROM awards AS award
+            LEFT JOIN bids AS offer ON offer.run_id = award.run_id
+                AND offer."start" IS NOT DISTINCT FROM award."start" AND offer.round = award.round
+                AND offer.lot_id = award.lot_id AND offer.pool = award.pool
+            LEFT JOIN spent ON spent.run_id = award.run_id AND spent.round = award.round
+                AND spent.lot_id = award.lot_id AND spent.pool = award.pool
+            LEFT JOIN auctions AS auction ON auction.run_id = award.run_id
+                AND auction."start" IS NOT DISTINCT FROM award."start" AND auction.round = award.round
+            WINDOW together AS (PARTITION BY award.run_id, award."start", award.round))
+        SELECT run_id, round, lot_id, pool, reserved, worst, spent, price_paid, covered, paid, budget
+        FROM held
+        WHERE reserved > worst OR spent > worst OR paid > covered
+            OR (reserved < worst AND together IS DISTINCT FROM budget)
+            OR (payment_rule = 'pay_as_bid' AND price_paid > worst)""",
     ),
     Rule(
         "auctions.lp_bound",

@@ -52,15 +52,12 @@ def test_the_lowest_bill_wins_although_its_list_price_is_not_the_lowest() -> Non
 
 
 def test_a_lot_names_who_may_take_it_over_best_first() -> None:
-    """Of the pools besides winner and fallback three, by their score; none that may not serve the lot, and a runner-up
-    that the budget does not cover beside the winner among them."""
+    """Of the pools besides winner and fallback three, by their score; none that may not serve the lot."""
     names = ("a", "b", "c", "d", "e", "f")
     pools = [pool(name, input=str(1 + at), output="1") for at, name in enumerate(names)]
     pools.append(pool("narrow", context=10, **CHEAP))
     bids = make_bids(lots_of({}), pools, now=NOW)
     assert next_best(clear(bids)).to_pylist() == [["c", "d", "e"]]
-    winner = bids.worst_case_cost(0)[0].as_py()
-    assert next_best(clear(bids, budget=winner)).to_pylist() == [["b", "c", "d"]]
     alone = make_bids(lots_of({}), pools[:2], now=NOW)
     assert next_best(clear(alone)).to_pylist() == [[]]
 
@@ -120,15 +117,38 @@ def test_neighbours_stay_together_in_order() -> None:
     assert [row["expected_cached_tokens"] for row in bids].count(300) == 2 + 19
 
 
-def test_the_budget_serves_the_cheapest_answers_first() -> None:
-    """Worst cases fill the budget from the lowest cost per answer on; what does not fit is left for want of budget."""
+def test_the_budget_covers_the_cheapest_answers_first() -> None:
+    """Worst cases fill the budget from the lowest cost per answer on; what it does not cover is awarded on what the
+    others leave, dearest last, and nothing is where no request could be paid for."""
     lots = lots_of({"requests": 5}, {"requests": 50}, {"requests": 20}, {"requests": 10})
     bids = make_bids(lots, [pool("p", **CHEAP)], now=NOW)
     cleared = clear(bids, budget=Decimal("0.0036"))
-    assert cleared.unserved == {"l0": "budget"}
+    assert (cleared.unserved, cleared.short) == ({}, {"l0"})
+    assert cleared.reserved == (0, *(Decimal("0.0012"),) * 3)
     assert cleared.committed == Decimal("0.0036")
-    assert clear(bids, budget=Decimal("0.0048")).unserved == {}
+    less = clear(bids, budget=Decimal("0.0018"))
+    assert less.reserved == (0, Decimal("0.0012"), Decimal("0.0006"), 0)
+    assert less.rank[1] == 0 < less.rank[2] < less.rank[3] < less.rank[0]
+    enough = clear(bids, budget=Decimal("0.0048"))
+    assert (enough.unserved, enough.short, enough.rank.any()) == ({}, frozenset(), False)
+    # A request of the first lot may cost 0.00024, one of the second a tenth of that.
+    assert clear(bids, budget=Decimal("0.0002")).unserved == {"l0": "budget"}
     assert set(clear(bids, budget=Decimal(0)).unserved.values()) == {"budget"}
+
+
+def test_a_pool_paid_by_time_gets_no_more_than_it_is_expected_to_do_in_what_is_reserved() -> None:
+    """It would be cancelled with everything in flight. Beyond the worst case that the budget covers, lots are awarded
+    on what they are expected to take."""
+    lots = lots_of({}, {})
+    bids = make_bids(lots, [pool("own", hour="3.6", tokens_per_second=100)], now=NOW)
+    expected, worst = bids.expected_cost(0)[0].as_py(), bids.worst_case_cost(0)[0].as_py()
+    assert worst == 4 * expected
+    for budget, reserved, rank in ((worst, (worst, 0), (0, 1)), (2 * expected, (2 * expected, 0), (1, 1))):
+        some = clear(bids, budget=budget)
+        assert (some.reserved, tuple(np.minimum(some.rank, 1)), some.unserved) == (reserved, rank, {})
+    less = clear(bids, budget=expected * Decimal("1.9"))
+    assert (less.reserved, less.unserved) == ((expected * Decimal("1.9"), None), {"l1": "budget"})
+    assert set(clear(bids, budget=expected * Decimal("0.9")).unserved.values()) == {"budget"}
 
 
 def test_a_lot_that_the_budget_refuses_on_one_pool_may_go_to_another() -> None:
@@ -143,14 +163,21 @@ def test_a_lot_that_the_budget_refuses_on_one_pool_may_go_to_another() -> None:
     assert set(clear(bids, budget=Decimal("0.005")).lots_of) == {"plain"}
 
 
-def test_runners_up_are_covered_by_the_budget_or_do_not_take_over() -> None:
-    """The runner-up is always named; it may take over only where the budget covers its worst case as well."""
+def test_runners_up_take_over_covered_by_the_budget_or_after_the_lots_that_are() -> None:
+    """The runner-up is always named and may take over; where the budget does not cover its worst case as well, what it
+    takes over waits for what others leave. A pool paid by time is no fallback under a budget."""
     pools = [pool("cheap", **CHEAP), pool("dear", **DEAR)]
     bids = make_bids(lots_of({}, {}), pools, now=NOW)
     assert clear(bids).fallback.tolist() == [1, 1]
     tight = clear(bids, budget=Decimal("0.0048"))
-    assert (tight.runner_up.tolist(), tight.fallback.tolist()) == ([1, 1], [1, UNSERVED])
+    assert (tight.runner_up.tolist(), tight.fallback.tolist()) == ([1, 1], [1, 1])
+    assert tight.fallback_reserved == (Decimal("0.0024"), 0)
+    assert (tight.rank.any(), tight.fallback_rank[0]) == (False, 0) < (False, tight.fallback_rank[1])
     assert tight.committed == Decimal("0.0048")
+    less = clear(bids, budget=Decimal("0.0020"))
+    assert (less.fallback.tolist(), less.committed) == ([1, 1], Decimal("0.0020"))
+    # What is dearer per answer comes later.
+    assert 0 < less.rank.max() < less.fallback_rank.min()
     by_time = clear(make_bids(lots_of({}), [pools[1], pool("own", hour="3.6")], now=NOW), budget=Decimal(9))
     assert (by_time.runner_up.tolist(), by_time.fallback.tolist()) == ([1], [UNSERVED])
 
@@ -193,6 +220,7 @@ def test_tables_have_the_ledgers_schemas() -> None:
         assert auction.to_pylist()[0] | {"objective": 0, "lp_bound": 0, "regret": 0} == {
             "run_id": "r", "round": 3, "lots": lots.num_rows, "pools": 2, "objective": 0, "lp_bound": 0, "regret": 0,
             "awarded": min(lots.num_rows, 1), "cleared_at": NOW, "rule": rule_text(),
+            "budget": None,
         }  # fmt: skip
 
 
@@ -208,8 +236,9 @@ def test_tables_have_the_ledgers_schemas() -> None:
 def test_no_wall_is_ever_passed(
     lots: int, pools: int, seed: int, timed: float, seconds: int | None, budget: Decimal | None
 ) -> None:
-    """Every lot is awarded or unserved, once; awards only to eligible pools, within seconds and budget, at a known
-    reservation and a cost no lower than the bound; and the same market clears the same way again."""
+    """Every lot is awarded or unserved, once; awards only to eligible pools, within seconds and budget, all of it
+    reserved where that is less than the worst cases, at a cost no lower than the bound; and the same market clears the
+    same way again."""
     table, states = random_market(lots, pools, seed, timed=timed)
     deadline = None if seconds is None else NOW + timedelta(seconds=seconds)
     bids = make_bids(table, states, now=NOW, deadline=deadline)
@@ -241,7 +270,16 @@ def test_no_wall_is_ever_passed(
     for award in awards:
         bid = by_bid[award["lot_id"], award["pool"]]
         assert (award["score"], award["price_paid"]) == (bid["score"], bid["expected_cost"])
-        assert award["price_paid"] <= award["reserved"] == bid["worst_case_cost"]
+        assert award["price_paid"] <= bid["worst_case_cost"]
+        assert award["reserved"] == bid["worst_case_cost"] or award["lot_id"] in cleared.short
+        assert 0 <= award["reserved"] <= bid["worst_case_cost"]
+    if budget is None:
+        assert cleared.short == cleared.unserved.keys()
+    elif cleared.rank.any():
+        # Whatever is left over would not cover another lot, nor is any of it reserved for a fallback.
+        reserved = sum((cost for cost in cleared.reserved if cost is not None), Decimal(0))
+        by_time = [states[at].spec.price.by_time for at in cleared.pool_of if at >= 0]
+        assert reserved == budget or any(by_time)
     assert cleared.objective == sum((award["score"] for award in awards), Decimal(0))
     assert cleared.lp_bound is None or 0 <= cleared.lp_bound <= cleared.objective
     assert clear(bids, budget=budget).awards_table(run_id="r", round_number=1).to_pylist() == awards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> list[Decision]:
 def test_a_decision_is_read_back_as_it_was_made(decided: list[Decision]) -> None:
     """Awards, terms to the last place, reservations, what waits, and the ledger's tables with their types."""
     for decision in decided:
-        assert from_bytes(to_bytes(decision)) == decision
+        tasks = tuple(
+            replace(task, tight=True, adopted=Decimal("0.5"), adopts=(("a", "m"),)) for task in decision.tasks
+        )
+        for each in (decision, replace(decision, tasks=tasks)):
+            assert from_bytes(to_bytes(each)) == each
 
 
 def test_a_changed_decision_is_none(decided: list[Decision]) -> None:

@@ -315,6 +315,23 @@ def test_a_quote_prints_the_market(tmp_path: Path) -> None:
     assert "earlier runs" not in text
 
 
+def test_a_quote_says_what_a_budget_below_the_worst_case_will_serve(tmp_path: Path) -> None:
+    """How many requests it does not cover at their worst, how many it is expected to serve, and no more than all of it
+    is spent."""
+    plenty = quote_job(make_job(tmp_path, prompts(40), [remote("near")], budget={"max_cost": "1"}))
+    assert (plenty.uncovered, plenty.expected_served, plenty.reserved_cost) == (0, 40, plenty.pools[0].worst_case_cost)
+    assert "budget dead letters" not in quote_text(plenty)
+    assert plenty.reserved_cost is not None
+    for share, served in ((Decimal("0.6"), 40), (plenty.expected_cost / plenty.reserved_cost / 2, 20)):
+        budget = (plenty.reserved_cost * share).quantize(Decimal("1e-12"))
+        poor = quote_job(make_job(tmp_path, prompts(40), [remote("near")], budget={"max_cost": str(budget)}))
+        assert poor.reserved_cost == poor.worst_case_cost == budget
+        assert poor.uncovered == pytest.approx(40 * (1 - share), abs=2)
+        assert poor.expected_served == pytest.approx(served, abs=2)
+        assert poor.expected_cost == min(plenty.expected_cost, budget)
+        assert f"may end with {poor.uncovered} budget dead letters; {poor.expected_served} of 40" in quote_text(poor)
+
+
 def test_an_engine_that_bids_by_demand_is_quoted_at_its_price(tmp_path: Path) -> None:
     """``demand`` moves what an engine bids, not what it charges; a curve without bounds is refused, and so is one of a
     remote pool."""

@@ -137,7 +137,7 @@ class Stage:
         self.pools = pools or (pool("near"), pool("far"))
         table = pa.table({"prompt": [f"shared beginning {n:03d}" for n in range(rows)]})
         plan = write_input(home, {"a.parquet": table}, rows)
-        self.plan: Planned = make_plan(make_context(home, plan, lot_tokens=60, pools=self.pools, **keys), plan)
+        self.plan: Planned = make_plan(make_context(home, plan, pools=self.pools, **{"lot_tokens": 60, **keys}), plan)
         self.context = self.plan.context
 
     def task(

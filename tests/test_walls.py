@@ -122,7 +122,10 @@ def check_auction(run: Run, decision: Decision, lots: pa.Table, spent: Decimal) 
     awards = decision.tables["awards"].select(["lot_id", "pool", "reserved"]).to_pylist()
     won = {award["lot_id"]: award["pool"] for award in awards}
     dealt = [*won, *decision.waiting.column("lot_id").to_pylist(), *decision.refused.column("lot_id").to_pylist()]
-    assert sorted(dealt) == sorted(lots.column("lot_id").to_pylist())
+    assert sorted(dealt) == sorted(decision.tables["lots"].column("lot_id").to_pylist())
+    tables = [award.lots for task in decision.tasks for award in task.awards]
+    parts = [place for table in (*tables, decision.waiting, decision.refused) for place in places_of(table)]
+    assert sorted(parts) == sorted(places_of(lots))
     bids = {
         (row["lot_id"], row["pool"]): row
         for row in decision.tables["bids"]

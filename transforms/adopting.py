@@ -153,6 +153,8 @@ def with_adopted(
         awards=(*awards, *(first.awards if first else ())),
         runner_up_terms=every,
         reserved=None if reserved is None else Decimal(reserved),
+        tight=first is not None and first.tight,
+        adopted=adopted.reserved,
         adopts=adopted.lanes,
     )
     # No award: there was no auction. The lots are told apart by their names.

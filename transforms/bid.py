@@ -17,17 +17,19 @@ from apache_beam.pvalue import AsList, PCollection, TaggedOutput
 
 from bidbeam.connectors.lease_terms import LeaseTerms
 from bidbeam.connectors.pools import PoolSpec
-from bidbeam.connectors.schemas import LOTS
+from bidbeam.connectors.schemas import COST, LOTS
 from bidbeam.transforms import decisions
 from bidbeam.transforms.adopting import adopt, with_adopted
 from bidbeam.transforms.affinity import with_holders
 from bidbeam.transforms.bidding import BidMatrix, PoolState, make_bids, prior_state
 from bidbeam.transforms.clearing import Clearing, clear
+from bidbeam.transforms.cutting import cut_to_fit
 from bidbeam.transforms.decisions import Decision
 from bidbeam.transforms.failures import reported
 from bidbeam.transforms.heartbeat import so_far
 from bidbeam.transforms.journal import SegmentRef, spent_on
 from bidbeam.transforms.lots import LOT
+from bidbeam.transforms.market import Ints
 from bidbeam.transforms.next_best import next_best
 from bidbeam.transforms.outage import wait_out
 from bidbeam.transforms.region_check import believed
@@ -185,23 +187,36 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
         context = replace(context, pools=believed(context.journal, context.pools))
     states = pool_states(context, now, round_)
     pools, held = _afford_engines(context, round_, states, wanted, budget)
-    bids = prefer_untried(
-        make_bids(
-            lots,
-            pools,
-            now=now,
-            deadline=context.deadline_at,
-            # What planning took is no part of the market's time.
-            started_at=context.started_at if round_ > 1 else now,
-            rates=context.fx_rates,
-        ),
-        lots.column("failed_on").to_pylist(),
-        {name for name, pool in before.items() if pool.down},
-    )
-    cleared = worth_setting_up(
-        _cleared(bids, budget, held, context.payment),
-        lambda fewer: _cleared(fewer, budget, held, context.payment),
-    )
+
+    def bids_for(lots: pa.Table) -> BidMatrix:
+        return prefer_untried(
+            make_bids(
+                lots,
+                pools,
+                now=now,
+                deadline=context.deadline_at,
+                # What planning took is no part of the market's time.
+                started_at=context.started_at if round_ > 1 else now,
+                rates=context.fx_rates,
+            ),
+            lots.column("failed_on").to_pylist(),
+            {name for name, pool in before.items() if pool.down},
+        )
+
+    def settled(first: Clearing) -> Clearing:
+        def without_idle(cleared: Clearing) -> Clearing:
+            return _without_idle(cleared, budget, held, context.payment)
+
+        return worth_setting_up(
+            without_idle(first), lambda fewer: without_idle(_cleared(fewer, budget, held, context.payment))
+        )
+
+    first = _cleared(bids_for(lots), budget, held, context.payment)
+    cleared = settled(first)
+    if (parts := cut_to_fit(context, lots, first)) is not None:
+        again = settled(_cleared(bids_for(parts), budget, held, context.payment))
+        if again.requests > cleared.requests:
+            lots, cleared = parts, again
     lots = with_holders(lots, cleared.pool_of, [pool.spec.name for pool in cleared.bids.pools])
     reasons = [cleared.unserved.get(lot_id) for lot_id in lots.column("lot_id").to_pylist()]
     final = [reason in _NEVER for reason in reasons]
@@ -224,19 +239,26 @@ def decide(context: RunContext, round_: int, lots: pa.Table, spent: Decimal, now
 
 
 def _cleared(bids: BidMatrix, budget: Decimal | None, held: dict[str, Decimal], payment: str) -> Clearing:
-    """Clears with what is left of the budget (USD) beside what engines are ``held`` for, by pool; where lots wait for
-    money, without the engines that won nothing, until what is held is held for those that work."""
-    if budget is None:
-        return clear(bids, budget=None, payment=payment)
+    """Clears with what is left of the budget (USD) beside what engines are ``held`` for, by pool."""
+    return clear(bids, budget=None if budget is None else budget - _held_for(bids, held), payment=payment)
+
+
+def _held_for(bids: BidMatrix, held: dict[str, Decimal]) -> Decimal:
     bidding = {pool.spec.name for at, pool in enumerate(bids.pools) if bids.eligible[:, at].any()}
-    held = {name: cost for name, cost in held.items() if name in bidding}
-    while True:
-        cleared = clear(bids, budget=budget - sum(held.values(), Decimal(0)), payment=payment)
-        idle = [name for name, cost in held.items() if cost and name not in cleared.lots_of]
-        if not idle or "budget" not in cleared.unserved.values():
-            return cleared
-        held = {name: cost for name, cost in held.items() if name not in idle}
-        bids = without_pools(bids, idle, "capacity")
+    return sum((cost for name, cost in held.items() if name in bidding), Decimal(0))
+
+
+def _without_idle(cleared: Clearing, budget: Decimal | None, held: dict[str, Decimal], payment: str) -> Clearing:
+    """Where lots wait for money, the clearing without the engines that won nothing, until what is held is held for
+    those that work."""
+    while cleared.rank.any() or "budget" in cleared.unserved.values():
+        bids = cleared.bids
+        bidding = [pool.spec.name for at, pool in enumerate(bids.pools) if bids.eligible[:, at].any()]
+        idle = [name for name in bidding if held.get(name) and name not in cleared.lots_of]
+        if not idle:
+            break
+        cleared = _cleared(without_pools(bids, idle, "capacity"), budget, held, payment)
+    return cleared
 
 
 def _terms_by_name(context: RunContext, pool: str, model: str) -> Terms:
@@ -268,9 +290,13 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
     names = [state.spec.name for state in cleared.bids.pools]
     fallback = pa.array([names[at] if at >= 0 else None for at in cleared.fallback], pa.string())
     offered = lots.append_column("runner_up", fallback).append_column("next_best", next_best(cleared))
+    for column, values in (("rank", cleared.rank), ("fallback_rank", cleared.fallback_rank)):
+        offered = offered.append_column(column, pa.array(values))
+    offered = offered.append_column("worst", pa.array(cleared.worst, COST))
     terms = {(name, model): terms_of(context, spec, model) for name, spec in specs.items() for model in spec.models}
     models, by_shift = lots.column("model").to_pylist(), dict[int, list[Award]]()
     may_cost, bound = _may_cost(cleared), dict[int, Decimal]()
+    tight = set[int]()
     for name, won in cleared.lots_of.items():
         spec = specs[name]
         engines = spec.capacity.workers if spec.kind == "vllm" else 1
@@ -279,7 +305,7 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
             engines = max(engines, 2)
         # Only a budget makes time a wall: without one a slow engine may take as long as it takes.
         walled = spec.price.by_time and context.max_cost is not None
-        seconds = cleared.bids.worst_case_seconds(names.index(name)) if walled else None
+        millis = _reserved_ms(cleared, names.index(name)) if walled else None
         for model in sorted({models[row] for row in won}):
             rows = [row for row in won if models[row] == model]
             for replica, part in enumerate(_contiguous(rows, engines, offered)):
@@ -287,28 +313,38 @@ def shifts_of(context: RunContext, round_: int, lots: pa.Table, cleared: Clearin
                 award = Award(
                     pool=name,
                     replica=replica,
-                    lots=offered.take(pa.array(part)),
+                    # What is covered comes first, then what is cheapest, each in prefix order.
+                    lots=offered.take(pa.array(sorted(part, key=cleared.rank.__getitem__))),
                     terms={model: terms[name, model]},
-                    reserved_ms=None if seconds is None else round((float(seconds[part].sum()) + held) * 1000),
+                    reserved_ms=None if millis is None else int(millis[part].sum()) + round(held * 1000),
                 )
+                if cleared.rank[part].any() or cleared.fallback_rank[part].any():
+                    tight.add(replica)
                 by_shift.setdefault(replica, []).append(award)
                 bound[replica] = sum((may_cost[row] for row in part), bound.get(replica, Decimal(0)))
     for number, awards in sorted(by_shift.items()):
         reserved = None if context.max_cost is None else bound[number]
-        yield ShiftTask(round_, number, tuple(awards), terms, reserved)
+        yield ShiftTask(round_, number, tuple(awards), terms, reserved, tight=reserved is not None and number in tight)
 
 
 def _may_cost(cleared: Clearing) -> list[Decimal]:
-    """USD that each lot may cost in this round on pools paid by the token: on its winner and on its fallback."""
-    costs = [Decimal(0)] * len(cleared.pool_of)
-    for pool_of in (cleared.pool_of, cleared.fallback):
-        for at, pool in enumerate(cleared.bids.pools):
-            lots = np.flatnonzero(pool_of == at)
-            if len(lots) and not pool.spec.price.by_time:
-                worst = cleared.bids.worst_case_cost(at).take(pa.array(lots)).to_pylist()
-                for lot, cost in zip(lots, worst, strict=True):
-                    costs[lot] += cost
-    return costs
+    """USD reserved for each lot in this round on pools paid by the token: on its winner and on its fallback."""
+    timed = [pool.spec.price.by_time for pool in cleared.bids.pools]
+    return [
+        beside + (0 if cost is None or timed[pool] else cost)
+        for pool, cost, beside in zip(cleared.pool_of, cleared.reserved, cleared.fallback_reserved, strict=True)
+    ]
+
+
+def _reserved_ms(cleared: Clearing, at: int) -> Ints:
+    """Milliseconds of a pool paid by time that what is reserved for each of its lots pays for."""
+    share = [
+        float(part / whole) if pool == at and part is not None and whole else 1.0
+        for pool, part, whole in zip(cleared.pool_of, cleared.reserved, cleared.worst, strict=True)
+    ]
+    worst = np.round(cleared.bids.worst_case_seconds(at) * 1000)
+    millis: Ints = np.floor(worst * np.array(share)).astype(np.int64)
+    return millis
 
 
 def _contiguous(rows: Sequence[int], parts: int, lots: pa.Table) -> list[list[int]]:

@@ -3,6 +3,10 @@
 A pure function from bids to awards. Walls: a pool's seconds before the deadline, the budget against worst cases, and
 eligibility. Within them as many requests as possible are served, at the least total score.
 
+A budget that does not cover all worst cases covers the lots that are cheapest per answer, and the others are awarded
+*on what those leave*: with as much of their worst case reserved as there is, down to nothing. A shift sends each of
+their requests once bills have left money for it, the cheaper ones first (see ``purse``).
+
 Without a deadline a pool of known speed is dealt no more than the *default horizon*: the shortest time in which the
 pools of known speed could serve everything they may serve, times ``slack``, so that several pools work at the same
 time and the cheap ones fill first. It leaves no lot out: what does not fit goes to the pool that is done with it first.
@@ -11,10 +15,10 @@ A pool of unknown speed has no bound on its seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import ROUND_DOWN, Context, Decimal
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +26,7 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.schemas import AUCTIONS, AWARDS, COST
+from bidbeam.transforms.affording import Costs, fallbacks, on_what_is_left, ranks, total, within_budget, written
 from bidbeam.transforms.allocation import allocate, lower_bound, shortest_horizon
 from bidbeam.transforms.bidding import BidMatrix, finish_times
 from bidbeam.transforms.market import UNSERVED, Floats, Ints, Market, unserved_cost
@@ -48,17 +53,29 @@ class Clearing:
     """Expected bill and rent (USD); None for unserved lots."""
     rent: tuple[Decimal | None, ...]
     """What the rule pays beyond the bid (see ``payments``): no charge, and no part of the budget."""
+    worst: tuple[Decimal | None, ...]
+    """What each award may cost at most (USD); None for unserved lots."""
     reserved: tuple[Decimal | None, ...]
-    """Worst case of the award (USD); None for unserved lots."""
+    """The part of it that the budget covers (USD), whatever the other lots cost; None for unserved lots."""
+    fallback_reserved: tuple[Decimal, ...]
+    """What the budget covers beside for the fallbacks (USD)."""
+    rank: Ints
+    """0 where all of the worst case is reserved; else the higher the dearer the award is per answer."""
+    fallback_rank: Ints
+    """The same of each lot on its fallback."""
     committed: Decimal
     """The most that this round can cost (USD), fallbacks included; never above the budget."""
     unserved: Mapping[str, str]
     """lot_id -> reason: budget, deadline, capacity, no_eligible_pool or too_long."""
     objective: Decimal
+    """The score of all awards together, as if all of each were served; ``lp_bound`` and ``regret`` are of the same
+    lots."""
     lp_bound: Decimal | None
     regret: Decimal | None
     budget: Decimal | None
-    """What there was to reserve (USD); None: no wall."""
+    """What there was to reserve (USD, at most 18 places); None: no wall."""
+    room: Floats
+    """Seconds that each pool has left (pools,); inf where nothing bounds them."""
 
     @property
     def reserve(self) -> pa.Array:
@@ -70,9 +87,19 @@ class Clearing:
         worth = parts_per_million(pa.array(least, COST), reserve_ppm(self.bids.urgency))
         if self.budget is None:
             return worth
-        # What engines are held back leaves more places than money is written with.
-        left = pa.scalar(self.budget.quantize(Decimal("1e-18"), ROUND_DOWN, Context(prec=60)), COST)
+        left = pa.scalar(self.budget, COST)
         return pc.if_else(pc.greater(worth, left), left, worth)
+
+    @property
+    def short(self) -> frozenset[str]:
+        """Ids of the lots that are not served for certain, by what is reserved for them."""
+        ids = self.bids.lots.lot_id
+        return frozenset([*self.unserved, *(ids[int(lot)].as_py() for lot in np.flatnonzero(self.rank))])
+
+    @property
+    def requests(self) -> int:
+        """How many requests are awarded."""
+        return int(self.bids.lots.requests[self.pool_of >= 0].sum())
 
     @property
     def lots_of(self) -> dict[str, tuple[int, ...]]:
@@ -137,6 +164,7 @@ class Clearing:
             "awarded": int(np.count_nonzero(self.pool_of >= 0)),
             "cleared_at": self.bids.now,
             "rule": self.bids.rule,
+            "budget": self.budget,
         }
         return pa.Table.from_pylist([row], schema=AUCTIONS)
 
@@ -150,9 +178,10 @@ def clear(
 ) -> Clearing:
     """Awards the lots of one round. Deterministic.
 
-    ``budget`` is what is left to reserve (USD), None for no wall; under it those lots come first that are cheapest per
-    answer. ``slack`` stretches the default horizon; None: no horizon, so without a deadline the cheapest pool of each
-    lot gets it. The deadline is the one that the bids were made for. Raises ConfigError for an unknown payment rule.
+    ``budget`` is what is left to reserve (USD), None for no wall; under it those lots are covered first that are
+    cheapest per answer. ``slack`` stretches the default horizon; None: no horizon, so without a deadline the cheapest
+    pool of each lot gets it. The deadline is the one that the bids were made for. Raises ConfigError for an unknown
+    payment rule.
     """
     rule = PAYMENT_RULES.get(payment)
     if rule is None:
@@ -169,18 +198,26 @@ def clear(
     unserved = dict.fromkeys(np.flatnonzero(pool_of < 0), "capacity" if bids.deadline is None else "deadline")
     for lot in np.flatnonzero(~bids.eligible.any(axis=1)):
         unserved[lot] = bids.unserved_reason(int(lot)) or "no_eligible_pool"
-    worst = _WorstCases(bids)
-    if budget is not None and _total(worst.of(pool_of)) > budget:
-        affordable = _within_budget(market, bids, pool_of, worst, budget, soft)
-        unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (affordable < 0)), "budget"))
-        pool_of = affordable
+    worst = Costs(bids.worst_case_cost)
+    reserved = worst.of(pool_of)
+    if budget is not None:
+        budget = written(budget)
+    if budget is not None and total(reserved) > budget:
+        covered = within_budget(market, bids, pool_of, worst, budget, soft)
+        unserved.update(dict.fromkeys(np.flatnonzero((pool_of >= 0) & (covered < 0)), "budget"))
+        unbounded = market.within(np.full(len(market.room), np.inf))
+        pool_of, reserved = on_what_is_left(unbounded if soft else market, bids, covered, pool_of, worst, budget)
         if soft:
             market = market.within(np.maximum(market.room, market.load(pool_of)))
         unserved = {lot: reason for lot, reason in unserved.items() if pool_of[lot] < 0}
-    reserved = tuple(worst.of(pool_of))
-    committed = _total(reserved)
+    may_cost = worst.of(pool_of)
+    rank = ranks(bids, pool_of, [part == whole for part, whole in zip(reserved, may_cost, strict=True)])
     runner_up = _runners_up(bids, pool_of)
-    fallback, committed = _fallbacks(bids, pool_of, runner_up, worst, budget, committed)
+    fallback, beside = fallbacks(bids, runner_up, worst, budget, total(reserved))
+    certain = [
+        budget is None or at < 0 or part == worst(lot, at)
+        for lot, (at, part) in enumerate(zip(fallback.tolist(), beside, strict=True))
+    ]
     rent = _premiums(market, bids, pool_of, runner_up, rule)
     bill = exact(bids, pool_of, pool_of, "expected")
     objective, bound, regret = _regret(market, bids, pool_of, None if unserved else dealt.prices)
@@ -195,13 +232,18 @@ def clear(
             None if cost is None or more is None else cost + more for cost, more in zip(bill, rent, strict=True)
         ),
         rent=tuple(rent),
-        reserved=reserved,
-        committed=committed,
+        worst=tuple(may_cost),
+        reserved=tuple(reserved),
+        fallback_reserved=tuple(beside),
+        rank=rank,
+        fallback_rank=ranks(bids, fallback, certain),
+        committed=total([*reserved, *beside]),
         unserved={names[int(lot)].as_py(): reason for lot, reason in sorted(unserved.items())},
         objective=objective,
         lp_bound=bound,
         regret=regret,
         budget=budget,
+        room=np.full(len(bids.pools), np.inf) if soft else np.maximum(market.room - market.load(pool_of), 0.0),
     )
 
 
@@ -244,85 +286,6 @@ def _finish_first(market: Market, pool_of: Ints) -> Ints:
     return pool_of
 
 
-class _WorstCases:
-    """Exact worst case of (lot, pool) pairs, in USD; a pool's are computed when first asked for."""
-
-    def __init__(self, bids: BidMatrix) -> None:
-        self._bids, self._columns, self._known = bids, dict[int, pa.Array](), dict[int, list[Decimal]]()
-
-    def __call__(self, lot: int, pool: int) -> Decimal:
-        if pool not in self._known:
-            self._known[pool] = self._column(pool).to_pylist()
-        return self._known[pool][lot]
-
-    def of(self, pool_of: Ints) -> list[Decimal | None]:
-        """Those of an assignment, None where a lot is unserved."""
-        costs: list[Decimal | None] = [None] * len(pool_of)
-        for pool in np.unique(pool_of[pool_of >= 0]):
-            lots = np.flatnonzero(pool_of == pool)
-            for lot, cost in zip(lots, self._column(int(pool)).take(pa.array(lots)).to_pylist(), strict=True):
-                costs[lot] = cost
-        return costs
-
-    def _column(self, pool: int) -> pa.Array:
-        if pool not in self._columns:
-            self._columns[pool] = self._bids.worst_case_cost(int(pool))
-        return self._columns[pool]
-
-
-def _total(costs: Iterable[Decimal | None]) -> Decimal:
-    return sum((cost for cost in costs if cost is not None), Decimal(0))
-
-
-def _within_budget(
-    market: Market, bids: BidMatrix, pool_of: Ints, worst: _WorstCases, budget: Decimal, soft: bool
-) -> Ints:
-    """The assignment with what the budget cannot cover left out: the cheapest per answer are covered first.
-
-    The lots are covered where they are, or dealt anew from the cheapest on, whichever serves more requests; what is
-    then served is allocated once more, for the room that the others leave. ``soft`` room keeps no lot waiting.
-    """
-    asked = np.maximum(bids.lots.requests, 1)
-    dealt = np.where(pool_of >= 0, bids.score[np.arange(len(pool_of)), pool_of], np.inf)
-    nobody = np.full_like(pool_of, UNSERVED)
-    cheapest = np.argsort(bids.score.min(axis=1) / asked, kind="stable")
-    tried = [
-        _cover(market, bids, nobody, pool_of, np.argsort(dealt / asked, kind="stable"), worst, budget),
-        _cover(market, bids, nobody, nobody, cheapest, worst, budget),
-    ]
-    best = min(tried, key=market.regarded)
-    served = np.flatnonzero(best >= 0)
-    if len(served):
-        anew = allocate(market.only(served)).pool_of
-        if np.all(anew >= 0) and sum(map(worst, served, anew), Decimal(0)) <= budget:
-            best[served] = anew
-    # Dealt anew they may leave money or room for one more.
-    rest = market.within(np.full(len(market.room), np.inf)) if soft else market
-    return _cover(rest, bids, best, nobody, cheapest[best[cheapest] < 0], worst, budget)
-
-
-def _cover(
-    market: Market, bids: BidMatrix, covered: Ints, pool_of: Ints, order: Ints, worst: _WorstCases, budget: Decimal
-) -> Ints:
-    """What is ``covered`` already, and lots in this order, each on its pool in ``pool_of`` or else the cheapest with
-    room, as far as the budget goes."""
-    left, covered = budget - _total(worst.of(covered)), covered.copy()
-    wanted = np.where(covered >= 0, covered, pool_of)
-    room = market.room - market.load(wanted)
-    for lot in order:
-        here = int(pool_of[lot])
-        if here >= 0:
-            room[here] += market.seconds[lot, here]
-        ranked = np.argsort(bids.score[lot], kind="stable")
-        for pool in [*([here] if here >= 0 else []), *ranked[: np.count_nonzero(bids.eligible[lot])].tolist()]:
-            if market.seconds[lot, pool] <= room[pool] and worst(lot, pool) <= left:
-                covered[lot] = pool
-                left -= worst(lot, pool)
-                room[pool] -= market.seconds[lot, pool]
-                break
-    return covered
-
-
 def _runners_up(bids: BidMatrix, pool_of: Ints) -> Ints:
     """The best eligible pool besides the winner, by the score of its bid as it stands (lots,)."""
     runner_up = np.full(len(pool_of), UNSERVED, dtype=np.int64)
@@ -334,26 +297,6 @@ def _runners_up(bids: BidMatrix, pool_of: Ints) -> Ints:
     best = np.argmin(score, axis=1)
     runner_up[awarded] = np.where(np.isfinite(score[np.arange(len(awarded)), best]), best, UNSERVED)
     return runner_up
-
-
-def _fallbacks(
-    bids: BidMatrix, pool_of: Ints, runner_up: Ints, worst: _WorstCases, budget: Decimal | None, committed: Decimal
-) -> tuple[Ints, Decimal]:
-    """The runners-up that the budget covers besides the awards, and what is then committed.
-
-    A winner may go down when part of a lot is paid for, so both worst cases are covered. A pool paid by time is no
-    fallback under a budget: what bounds it are the seconds of its own awards.
-    """
-    if budget is None:
-        return runner_up, committed
-    fallback = np.full(len(pool_of), UNSERVED, dtype=np.int64)
-    for lot in np.flatnonzero(runner_up >= 0):
-        pool = int(runner_up[lot])
-        if bids.pools[pool].spec.price.by_time or committed + worst(lot, pool) > budget:
-            continue
-        committed += worst(lot, pool)
-        fallback[lot] = pool
-    return fallback, committed
 
 
 def _premiums(

@@ -88,6 +88,8 @@ def to_bytes(decision: Decision) -> bytes:
                 "awards": awards,
                 "runner_up_terms": _terms_list(task.runner_up_terms.values()),
                 "reserved": None if task.reserved is None else str(task.reserved),
+                "tight": task.tight,
+                "adopted": str(task.adopted),
                 "adopts": task.adopts,
             }
         )
@@ -155,6 +157,8 @@ def _task_of(task: Mapping[str, Any], number: int, tables: Mapping[str, pa.Table
         awards=tuple(awards),
         runner_up_terms={(each.pool, each.model): each for each in runners_up},
         reserved=None if task["reserved"] is None else Decimal(task["reserved"]),
+        tight=bool(task["tight"]),
+        adopted=Decimal(task["adopted"]),
         adopts=tuple((str(pool), str(model)) for pool, model in task["adopts"]),
     )
 

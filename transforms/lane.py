@@ -22,6 +22,7 @@ from bidbeam.transforms.accelerator_time import AcceleratorMeter
 from bidbeam.transforms.batches import earlier_terms, settle_strays
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
+from bidbeam.transforms.drawing import Draws
 from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
 from bidbeam.transforms.output_checks import check_answers, would_repeat
 from bidbeam.transforms.region_check import check_regions
@@ -35,6 +36,9 @@ _LEAST_NOTED = 8
 """Requests that are written down at a time before they are sent, where an engine's window is smaller."""
 _SENT_S = "sent_s"
 """The lane's clock when a request was handed to the engine, beside what settling asks of it."""
+_WORST = "worst"
+"""A request's worst case (COST), beside what settling asks of it, where the lane draws on a purse."""
+_EXACT = pa.decimal256(76, 36)
 _LOST = "given up in flight: it may have been served, so it is booked at its worst case"
 
 Tags = np.ndarray[Any, np.dtype[np.int64]]
@@ -74,6 +78,12 @@ class Lane:
     """What the pool declares, which its answers are held to."""
     reserved_ms: int | None = None
     """The most milliseconds that this round may use of the accelerator; None: no bound."""
+    purse: Draws | None = None
+    """What each request is paid from before it is sent; None: all that the lane is given is paid for."""
+    short: bool = False
+    """Whether its next request waits for money that others may leave."""
+    freed: Decimal = Decimal(0)
+    """What settled requests did not cost of their worst case (USD) and nobody has taken back yet: see ``purse``."""
     queue: deque[Lot] = field(default_factory=deque)
     down: str | None = None
     """Why the pool serves nothing any more."""
@@ -122,6 +132,10 @@ class Lane:
     _noting: tuple[int, Future[None]] | None = None
     """Up to which row more are being written down."""
     _window: int = _LEAST_NOTED
+    _worst: pa.Array | None = None
+    """The worst cases of the opened lot's requests (COST)."""
+    _granted: int = 0
+    """Rows of the opened lot that are paid for."""
     _at: int = 0
     _outstanding: list[pa.RecordBatch] = field(default_factory=list)
     _results: list[pa.RecordBatch] = field(default_factory=list)
@@ -170,9 +184,8 @@ class Lane:
     @property
     def hungry(self) -> bool:
         """Whether it takes more at this very moment."""
-        return (
-            self.waiting and self._ready and self.engine.room > 0 and not self._held_up and self.breaker.allowance > 0
-        )
+        may = self._ready and not self.short and self.breaker.allowance > 0
+        return self.waiting and may and self.engine.room > 0 and not self._held_up
 
     @property
     def _held_up(self) -> bool:
@@ -194,6 +207,7 @@ class Lane:
             if self._moved_at is None:
                 self._moved_at = self.clock()
             self._ready = self._ready or (self.waiting and self.loaded())
+            self.short = False
             while self.hungry:
                 room = self.engine.room
                 if self.engine.in_flight == 0:
@@ -202,11 +216,14 @@ class Lane:
                     lot = self.queue.popleft()
                     if not self.admit(lot):
                         continue
-                    self._opened, self._at, self._noted = self._open(lot), 0, 0
+                    self._opened, self._at, self._noted, self._granted = self._open(lot), 0, 0, 0
                     if self._opened is None:
                         continue
+                    if self.purse is not None:
+                        self._worst = self.purse.worst(self, lot, self._opened.info)
                     if lot.get("kind") != HEDGE or self._opened.lot_id not in self.lots:
                         self.lots[self._opened.lot_id] = lot
+                self._grant(self._opened)
                 room = min(room, self._note_ahead(self._opened), self.breaker.allowance)
                 if room == 0:
                     break
@@ -219,7 +236,10 @@ class Lane:
                 self.engine.submit(part)
                 self.breaker.sent(part.column("tag")[0].as_py())
                 sent = pa.repeat(pa.scalar(self.clock()), part.num_rows)
-                self._outstanding.append(self._opened.info.slice(self._at, room).append_column(_SENT_S, sent))
+                info = self._opened.info.slice(self._at, room).append_column(_SENT_S, sent)
+                if self._worst is not None:
+                    info = info.append_column(_WORST, self._worst.slice(self._at, room))
+                self._outstanding.append(info)
                 self._at += part.num_rows
                 self.submitted += part.num_rows
                 self._used = True
@@ -230,9 +250,22 @@ class Lane:
         except (ModelError, PoolDown) as error:
             self.mark_down(str(error))
 
+    def _grant(self, opened: LotRequests) -> None:
+        """Has more of the opened lot's requests paid for, ahead of what is noted: a crash books all that is noted."""
+        rows: int = opened.requests.num_rows
+        if self.purse is None or self._worst is None:
+            self._granted = rows
+            return
+        if self._granted < rows and self._granted - self._at < self._window:
+            self._granted += self.purse.grant(
+                self, self.lots[opened.lot_id], opened.info.column("tag").slice(self._granted, self._window),
+                self._worst.slice(self._granted, self._window),
+            )  # fmt: skip
+        self.short = self._granted <= self._at
+
     def _note_ahead(self, opened: LotRequests) -> int:
         """How many of the lot's next requests may be sent; sees to it that there are always more."""
-        rows: int = opened.requests.num_rows
+        rows = self._granted
         if self.announce is None:
             return rows - self._at
         if self._noting is not None and self._noting[1].done():
@@ -269,6 +302,8 @@ class Lane:
         if pc.any(unsent).as_py():
             back = self._match(batch.filter(unsent).column("tag").to_numpy())
             self.submitted -= back.num_rows
+            if self.purse is not None and self.announce is not None:
+                self.purse.abandon(back.column("tag"), back.column(_WORST))
             # What another pool has answered meanwhile is nobody's to send, and says nothing of this one.
             called_off = pa.array(list(self._called_off), pa.int64())
             wanted = back.filter(pc.invert(pc.is_in(back.column("tag"), value_set=called_off)))
@@ -374,6 +409,38 @@ class Lane:
             found += self._by_lot(self._opened.info.slice(self._at))
         return [*found, *(part for batch in self._outstanding for part in self._by_lot(batch))]
 
+    @property
+    def promised(self) -> Decimal:
+        """USD that what is paid for and not settled may cost; 0 where it draws on no purse."""
+        if self.purse is None:
+            return Decimal(0)
+        out = sum((sum_decimal(batch.column(_WORST)) for batch in self._outstanding), Decimal(0))
+        if self._opened is not None and self._worst is not None:
+            out += sum_decimal(self._worst.slice(self._at, self._granted - self._at))
+        return out
+
+    @property
+    def unpaid(self) -> tuple[Lot, Decimal] | None:
+        """The opened lot, and what the rest of it that is not paid for may cost (USD); None where none is open."""
+        if self._opened is None or self._worst is None:
+            return None
+        return self.lots[self._opened.lot_id], sum_decimal(self._worst.slice(self._granted))
+
+    def pass_over(self, left: Decimal) -> list[tuple[Lot, Tags]]:
+        """Takes what comes next out of the opened lot as long as each of it may cost more than ``left`` (USD), where
+        all that was paid for is sent: (lot, tags not sent)."""
+        if self._opened is None or self._worst is None:
+            return []
+        cheap = pc.less_equal(self._worst.slice(self._at).cast(_EXACT), pa.scalar(left, _EXACT))
+        first = pc.index(cheap, True).as_py()
+        count = len(cheap) if first < 0 else first
+        passed = self._by_lot(self._opened.info.slice(self._at, count))
+        self._at += count
+        self._granted = self._noted = self._at
+        if self._at >= self._opened.requests.num_rows:
+            self._opened = None
+        return passed
+
     def _by_lot(self, info: pa.RecordBatch) -> list[tuple[Lot, Tags]]:
         """The lots of which these are rows, hedges apart from others, each with its tags."""
         lots = np.array(info.column("lot_id").cast(pa.string()).to_pylist(), dtype=object)
@@ -416,7 +483,7 @@ class Lane:
         self.notes.append(f"its engine went down and was started again: {self.down}"[:300])
         self.engine, self.meter, self.loaded, self.announce = engine, meter, loaded, announce
         self.down, self.closing, self.restarted = None, False, True
-        self._ready = self._used = False
+        self._ready = self._used = self.short = False
         self.breaker, self.heeded = Breaker(), 0
 
     def leftover(self) -> list[tuple[Lot, Tags]]:
@@ -424,6 +491,10 @@ class Lane:
         left, self._returned = self._returned, []
         if self._opened is not None:
             left += self._by_lot(self._opened.info.slice(self._at))
+            if self.purse is not None and self._worst is not None and self.announce is not None:
+                noted = (self._noted if self._noting is None else self._noting[0]) - self._at
+                tags = self._opened.info.column("tag").slice(self._at, noted)
+                self.purse.abandon(tags, self._worst.slice(self._at, noted))
             self._opened = None
         self._noting = None
         while self.queue:
@@ -439,6 +510,7 @@ class Lane:
         """
         if final and self.retire is not None:
             self.retire()
+        promised, cost = self.promised, self.cost
         now = now or datetime.now(UTC)
         metered = self.meter is not None and self.terms.price.by_time
         if final and self.down and self._outstanding and metered:
@@ -469,6 +541,7 @@ class Lane:
             rows.append(self._lost(sent, now))
         for batch in rows:
             self._count(batch)
+        self.freed += max(promised - self.promised - (self.cost - cost), Decimal(0))
         return pa.Table.from_batches(rows).unify_dictionaries() if rows else None
 
     def _by_terms(self, started_at: pa.Array) -> Iterator[tuple[Terms, pa.Array | None]]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bidbeam.connectors.money import sum_decimal
+from bidbeam.connectors.schemas import COST
 from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.settling import Terms, worst_case_cost
 
@@ -62,11 +63,16 @@ class Retries:
         return min(left, key=lambda pool: (charged[pool], asked[pool]), default=None)
 
 
-def worst_case_of(order: pa.Table, places: np.ndarray[Any, Any], *, estimated: bool, terms: Terms) -> Decimal:
+def worst_case_of(order: pa.Table, places: np.ndarray[Any, Any], estimated: bool, *, terms: Terms) -> Decimal:
     """USD that the requests in these places of an order (ORDER) may cost at most under ``terms``, priced by token."""
+    return sum_decimal(worst_cases_of(order, places, estimated, terms=terms))
+
+
+def worst_cases_of(order: pa.Table, places: np.ndarray[Any, Any], estimated: bool, *, terms: Terms) -> pa.Array:
+    """The same of each of them (COST)."""
     here = order.select(["input_tokens", "max_tokens", "n"]).take(pa.array(places))
     tokens = here.column("input_tokens").cast(pa.int64())
     if estimated:
         tokens = pc.add(pc.multiply(tokens, WORST_ESTIMATE), WORST_TEMPLATE_TOKENS)
     here = here.set_column(0, "input_tokens", tokens).combine_chunks()
-    return sum((sum_decimal(worst_case_cost(batch, terms)) for batch in here.to_batches()), Decimal(0))
+    return pa.concat_arrays([worst_case_cost(batch, terms) for batch in here.to_batches()] or [pa.array([], COST)])

@@ -26,7 +26,6 @@ import pyarrow.compute as pc
 
 from bidbeam.connectors.engine import Engine, Lasting
 from bidbeam.connectors.errors import Interrupted, ModelError, PoolDown
-from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import METER_COLUMNS
 from bidbeam.connectors.tokenizer import model_tools
 from bidbeam.transforms import dispatch, heartbeat, stopping
@@ -49,7 +48,7 @@ from bidbeam.transforms.recount import recount_results
 from bidbeam.transforms.region_check import believed, note_refuted, undeclared
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms
-from bidbeam.transforms.shift_task import Award, ShiftTask
+from bidbeam.transforms.shift_task import ShiftTask
 from bidbeam.transforms.spilling import SpillRef
 
 _SEGMENT_ROWS = 65_536
@@ -57,6 +56,8 @@ _SEGMENT_S = 0.5
 _REMOTE_SEGMENT_S = 2.0
 """Seconds after which what was answered is written down, locally and on an object store: a crash asks it again."""
 _TICK_S = 0.25
+_SHORT_S = 0.1
+"""Seconds after which what was answered is written down where others wait for the money that it leaves."""
 _WRITES_AHEAD = 2
 _GRACE_S = 10.0
 """Seconds that what is in flight gets to finish after an interruption, before it is cancelled."""
@@ -104,9 +105,9 @@ class Shift:
         """Of engines that are gone, and were started again: SEGMENT rows that are still to be written."""
         self._lanes: dict[tuple[str, str, int], Lane] = {}
         self._hedges = Hedges()
-        self._purse = Purse(context, task.reserved, self._lanes.values)
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
+        self._purse = Purse(context, task, self._lanes.values, self._won)
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
         self._left = Leftovers(context, task.round, self._lots, self._won)
@@ -136,11 +137,16 @@ class Shift:
                     if not lane.open:
                         self._hand_over(lane)
                 self._hedge()
+                for lot, tags in self._purse.last_resort():
+                    self._keep_unsent(lot, tags, "budget")
                 pending = sum(lane.pending_results for lane in self._lanes.values())
+                pending += bool(self._closed_books)
                 if pending >= _SEGMENT_ROWS or (pending and self._flush_due(last_flush)):
                     yield from self._flush(final=False)
                     last_flush = time.monotonic()
                     beat()
+                elif self._purse.waits and self._writing:
+                    yield from self._written(keep=0)
                 elif not pending or not any(lane.hungry for lane in self._lanes.values()):
                     self._wake.wait(_TICK_S)
                     self._wake.clear()
@@ -172,7 +178,8 @@ class Shift:
             raise
 
     def _flush_due(self, last_flush: float) -> bool:
-        waited = time.monotonic() - last_flush >= self._segment_s
+        short, waited_s = self._purse.waits, time.monotonic() - last_flush
+        waited = waited_s >= self._segment_s or (short and (waited_s >= _SHORT_S or self._purse.drained))
         lanes, hedged = self._lanes.values(), self._hedges.tags
         # A verdict that something hangs on, a probe's or a hedge's, is not waited for.
         return waited or any(lane.awaits_verdict or (len(hedged) and lane.has_result_of(hedged)) for lane in lanes)
@@ -192,6 +199,7 @@ class Shift:
             rows, _ = read_segment(self._context.journal, name)
             self._number = max(self._number, segment_number(name) + 1)
             self._flushes = self._number
+            self._purse.begun_before(rows)
             rows_lost = pc.equal(rows.column("status").cast(pa.string()), "lost")
             tags.append(rows.filter(pc.invert(rows_lost)).column("tag").drop_null().to_numpy())
             failed.append(rows.filter(pc.invert(rows_lost)))
@@ -202,38 +210,23 @@ class Shift:
             self._failed_before = _last_failures(pa.concat_tables(failed))
 
     def _count_before(self, rows: pa.Table) -> None:
-        """What an earlier try has spent (SEGMENT) is gone from what was reserved, in money and in time."""
+        """The time that an earlier try has used (SEGMENT) is gone from what was reserved."""
         by_time = {spec.name for spec in self._context.pools if spec.price.by_time}
         timed = pc.is_in(rows.column("pool").cast(pa.string()), value_set=pa.array(sorted(by_time), pa.string()))
-        self._purse.before += sum_decimal(rows.filter(pc.invert(timed)).column("cost"))
         for row in rows.filter(timed).select(["pool", "model", *_TIMES]).to_pylist():
             seconds = sum((row[name] for name in _TIMES if row[name] is not None), Decimal(0))
             key = row["pool"], row["model"]
             self._ms_before[key] = self._ms_before.get(key, 0) + int(seconds * 1000)
 
-    def _given(self) -> Iterator[tuple[Award, Lot]]:
-        """The lots of the awards, as far as what an earlier try has left of the reserve covers them."""
-        given = [(award, lot) for award in self._task.awards for lot in award.lots.to_pylist()]
-        if not self._try:
-            yield from given
-            return
-        terms = [award.terms[lot["model"]] for award, lot in given]
-        lots = self._purse.covered([lot for _, lot in given], terms, self._task.runner_up_terms, self._left.settled)
-        for (award, lot), covered in zip(given, lots, strict=True):
-            if covered is None:
-                self._lots[lot["lot_id"]] = lot
-                self._keep_unsent(lot, all_tags(lot), "budget")
-            else:
-                yield award, covered
-
     def _open_lanes(self) -> None:
-        for award, lot in self._given():
-            if not self._may(award.pool, lot):
-                self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
-                continue
-            lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
-            lane.queue.append(lot)
-            self._lots[lot["lot_id"]] = lot
+        for award in self._task.awards:
+            for lot in award.lots.to_pylist():
+                if not self._may(award.pool, lot):
+                    self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
+                    continue
+                lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
+                lane.queue.append(lot)
+                self._lots[lot["lot_id"]] = lot
         for pool, model in self._task.adopts:
             self._lane(pool, model, 0, self._task.runner_up_terms[pool, model], None)
         if self._failed_before is not None:
@@ -276,6 +269,7 @@ class Shift:
                 labels=self._specs[pool].placement,
                 reserved_ms=reserved_ms,
                 used_ms=self._ms_before.get((pool, model), 0),
+                purse=self._purse if self._purse.tight and not terms.price.by_time else None,
             )
         return self._lanes[key]
 
@@ -346,7 +340,7 @@ class Shift:
                 continue
             if lane.stopped:
                 self._keep_unsent(lot, tags, lane.stopped)
-            elif (target := self._taker(lot, tags)) is not None:
+            elif lot.get("kind") != HEDGE and (target := self._taker(lot, tags)) is not None:
                 target.queue.append(_handed_on(lot, tags, target.pool))
             else:
                 self._keep_unsent(lot, tags, "server", lane.pool)
@@ -414,8 +408,15 @@ class Shift:
         well = [lane for lane in lanes if lane.breaker.closed and lane is not instead_of]
         others = [] if instead_of is not None else [lane for lane in lanes if not lane.breaker.closed]
         before = None if instead_of is None else instead_of.terms
-        promised = (lane for lane in (*well, *others) if self._purse.promise(lane.terms, lot, tags, instead_of=before))
-        return next(promised, None)
+        return next(
+            # Where money is tight each of them is paid for before it is sent, whoever sends it.
+            (
+                lane
+                for lane in (*well, *others)
+                if self._purse.tight or self._purse.promise(lane.terms, lot, tags, instead_of=before)
+            ),
+            None,
+        )
 
     def _lane_for(self, pool: str, lot: Lot) -> Lane | None:
         """A pool's lane, opened where need be, if it may have a lot that another pool won, and takes requests."""
@@ -612,8 +613,9 @@ class Shift:
             lane.settled, lane.failed = lane.settled - answered, lane.failed - (not answered)
         self._flushes += 1
         # Written beside the loop: a slow store must not leave an engine without work.
+        self._purse.settled()
         self._writing.append(self._writer.submit(self._write, ruled.rows, tuple(terms.values())))
-        yield from self._written(keep=0 if final else _WRITES_AHEAD)
+        yield from self._written(keep=0 if final or self._purse.waits else _WRITES_AHEAD)
 
     def _write(self, rows: pa.Table, terms: tuple[Terms, ...]) -> SegmentRef:
         prefix = f"{self._context.scratch_name}/segments/{self._task.prefix}"
@@ -624,7 +626,9 @@ class Shift:
     def _written(self, *, keep: int) -> Iterator[ShiftResult]:
         """Segments that are on the store, in order; waits until no more than ``keep`` are not."""
         while self._writing and (len(self._writing) > keep or self._writing[0].done()):
-            yield ShiftResult(segment=self._writing.popleft().result())
+            segment = self._writing.popleft().result()
+            self._purse.written()
+            yield ShiftResult(segment=segment)
 
 
 def _after_winner(lot: Lot) -> list[str]:

@@ -55,7 +55,7 @@ def worth_setting_up(cleared: Clearing, clear: Callable[[BidMatrix], Clearing]) 
     """The clearing without the pools whose lots would cost less elsewhere than it costs to set the pool up.
 
     Each bid bears its share of the pool's set-up; a pool that won only some of its lots leaves the rest uncovered. No
-    lot is left unserved for it, nor does one wait that the pool might serve.
+    lot is left unserved for it, or served for less certain, nor does one wait that the pool might serve.
     """
     while True:
         uncovered = _uncovered(cleared)
@@ -64,6 +64,7 @@ def worth_setting_up(cleared: Clearing, clear: Callable[[BidMatrix], Clearing]) 
             again
             for name in doubtful
             if (again := clear(without_pools(cleared.bids, [name], "setup"))).unserved.keys() <= cleared.unserved.keys()
+            and again.short <= cleared.short
             and not cleared.bids.eligible[again.pool_of < 0, _place(cleared.bids, name)].any()
         ]
         best = min(tried, key=_whole_cost, default=cleared)

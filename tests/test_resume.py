@@ -255,7 +255,7 @@ def test_a_raised_budget_answers_what_the_smaller_one_could_not(tmp_path: Path) 
         return make_job(tmp_path, rows, pools, budget={"max_cost": max_cost}, auction={"rounds": 1}, **keys)
 
     with EndpointDouble(["tiny"]) as double:
-        small = job_with("0.004", double)
+        small = job_with("0.00025", double)
         first = run(small)
         assert set(first.dead) == {"budget"}
         assert 0 < first.served < 60

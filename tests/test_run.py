@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from small_jobs import Written, check_conserved, make_job, prompts, remote, written
+from small_jobs import Written, check_conserved, make_job, prompts, remote, total, written
 
 from bidbeam.connectors.doubles import EndpointDouble, Reply, Seen
 from bidbeam.pipelines.job import Job
@@ -255,16 +255,18 @@ def test_nowhere_to_go_is_a_dead_letter_with_the_reason(tmp_path: Path) -> None:
     assert {row["reject_reason"] for row in found.rows("bids")} == {"placement:zdr (undeclared)"}
 
 
-def test_a_budget_is_never_overspent(tmp_path: Path) -> None:
-    """What the budget covers at its worst is served, the rest are dead letters, and the bill stays within."""
+@pytest.mark.parametrize(("budget", "enough"), [("0.004", True), ("0.00025", False)])
+def test_a_budget_is_never_overspent(tmp_path: Path, budget: str, enough: bool) -> None:
+    """What it pays for is served, also beyond its worst case, the rest are dead letters, and the bill stays within."""
     with EndpointDouble(["tiny"]) as double:
         rows = prompts(60, shared="one two three four five six seven eight nine ten eleven twelve " * 20)
-        once = {"budget": {"max_cost": "0.004"}, "auction": {"rounds": 1}}
+        once = {"budget": {"max_cost": budget}, "auction": {"rounds": 1}}
         job = make_job(tmp_path, rows, [remote("near", double.base_url)], **once)
-        summary, _ = run_and_read(job, 60)
-        assert 0 < summary.served < 60
-        assert set(summary.dead) == {"budget"}
-        assert summary.cost == bill(double, CHEAP) <= Decimal("0.004")
+        summary, found = run_and_read(job, 60)
+        assert total(found.rows("bids"), "worst_case_cost") > Decimal("0.004")
+        assert summary.served == 60 if enough else 0 < summary.served < 60
+        assert set(summary.dead) == (set() if enough else {"budget"})
+        assert summary.cost == bill(double, CHEAP) <= Decimal(budget)
 
 
 def test_what_a_round_or_a_start_has_spent_the_next_ones_do_not_have(tmp_path: Path) -> None:
@@ -280,9 +282,9 @@ def test_what_a_round_or_a_start_has_spent_the_next_ones_do_not_have(tmp_path: P
     with EndpointDouble(["tiny"]) as double:
         job = make_job(tmp_path, rows, [remote("near", double.base_url, price=flat)], **terms)
         summary, found = run_and_read(job, 18)
-        assert len(double.requests) == 6
-        assert (summary.served, summary.cost, dict(summary.dead)) == (6, Decimal("0.006"), {"budget": 12})
+        assert len(double.requests) == 7
+        assert (summary.served, summary.cost, dict(summary.dead)) == (7, Decimal("0.007"), {"budget": 11})
         assert {row["round"] for row in found.rows("auctions")} == {1, 2, 3}
         again, _ = run_and_read(job, 18)
-        assert len(double.requests) == 6
-    assert (again.status, again.served, again.cost) == ("incomplete", 6, Decimal("0.006"))
+        assert len(double.requests) == 7
+    assert (again.status, again.served, again.cost) == ("incomplete", 7, Decimal("0.007"))

@@ -19,9 +19,9 @@ from small_plans import Planned, make_context, make_plan, write_input
 from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.pools import Capacity, Meter, PoolSpec, PriceSchedule
-from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.door import Door
 from bidbeam.transforms.engines import Slot
+from bidbeam.transforms.estimates import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.prompts import PromptSpec
 from bidbeam.transforms.rendering import RenderSpec
 from bidbeam.transforms.reputation import Reputation

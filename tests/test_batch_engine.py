@@ -663,7 +663,7 @@ def test_strays_of_a_lost_batch_are_booked_at_their_worst_case(
         assert strays is not None
         assert strays.column("status").to_pylist() == ["lost"] * 3
         assert strays.column("tag").null_count == 3
-        assert sum(strays.column("cost").to_pylist()) == 3 * (9 * Decimal("1E-7") + 8 * Decimal("4E-7"))
+        assert sum(strays.column("cost").to_pylist()) == 3 * ((4 * 9 + 64) * Decimal("1E-7") + 8 * Decimal("4E-7"))
 
 
 def test_strays_from_elsewhere_are_failures_that_are_paid_for(

@@ -55,7 +55,7 @@ def requests(*tags: int) -> pa.RecordBatch:
             "attempt_no": pa.array([1] * n, pa.int16()),
             "kind": pa.array(["primary"] * n).dictionary_encode(),
             "input_tokens": pa.array([10] * n, pa.int32()),
-            "tokens_exact": pa.array([False] * n),
+            "tokens_exact": pa.array([True] * n),
             "max_tokens": pa.array([8] * n, pa.int32()),
             "n": pa.array([2] * n, pa.int16()),
         }
@@ -153,6 +153,17 @@ def test_what_was_written_down_for_two_pools_is_lost_at_the_last(tmp_path: Path)
     rows = lost(journal).to_pylist()
     assert sorted((row["tag"], row["pool"]) for row in rows) == [(1, "near"), (2, "far"), (3, "far")]
     assert booked.cost == sum(row["cost"] for row in rows) == Decimal("50E-7") + 48 * Decimal("4E-7")
+
+
+def test_what_is_lost_of_an_estimated_prompt_is_booked_at_what_it_may_have_been(tmp_path: Path) -> None:
+    """A token for every byte, and a chat template: as much as its award reserved for it."""
+    journal = Store.at(str(tmp_path))
+    estimated = requests(1).set_column(
+        requests(1).schema.get_field_index("tokens_exact"), "tokens_exact", pa.array([False])
+    )
+    dispatch.write_dispatch(journal, f"{START}/dispatched/{SHIFT}-t00-000001.arrow", estimated, terms())
+    (booked,) = dispatch.book_open(journal, START)
+    assert booked.cost == (4 * 10 + 64) * Decimal("1E-7") + 16 * Decimal("4E-7")
 
 
 def test_a_shift_that_ended_has_nothing_open(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from test_hedging import Queued, Slow
 from test_shift import HOURS, Stage, pool
 
 from bidbeam.transforms import breaker, hedging, lane, shift
-from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.engines import Slot
+from bidbeam.transforms.estimates import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.lots import lot_places
 from bidbeam.transforms.order import read_order
 from bidbeam.transforms.retrying import worst_case_of

@@ -16,6 +16,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.schemas import LABEL, METER_COLUMNS, SEGMENT
+from bidbeam.transforms.estimates import worst_input
 from bidbeam.transforms.recount import recount_outputs
 from bidbeam.transforms.settling import Terms, book_lost, over_worst_case, overhead_row, settle, worst_case_cost
 
@@ -275,7 +276,8 @@ def test_unknown_stays_null_and_cached_is_a_subset(
 def test_no_usage_within_bounds_exceeds_the_worst_case(
     rows: list[dict[str, Any]], prices: dict[Meter, Decimal], fx_rate: Decimal
 ) -> None:
-    """Usage of at most our input and n full answers never costs more than the worst case, whatever is cached."""
+    """Usage of at most our input and n full answers never costs more than the worst case, whatever is cached; what is
+    lost costs no more than that of its input at worst."""
     for row in rows:
         row["input_tokens"] = None if row["input_tokens"] is None else min(row["input_tokens"], row["ours"])
         most = row["n"] * row["max_tokens"]
@@ -285,8 +287,11 @@ def test_no_usage_within_bounds_exceeds_the_worst_case(
     worst = worst_case_cost(asked, agreed)
     segment = settle(asked, results(rows), agreed, accelerator_ms=None)
     lost = book_lost(asked, agreed, AT)
-    for one in (segment, lost):
-        assert all(spent <= most for spent, most in zip(one["cost"].to_pylist(), worst.to_pylist(), strict=True))
+    estimates = worst_input(asked["input_tokens"], asked["tokens_exact"])
+    at = asked.schema.get_field_index("input_tokens")
+    reserved = worst_case_cost(asked.set_column(at, "input_tokens", estimates), agreed)
+    for one, bound in ((segment, worst), (lost, reserved)):
+        assert all(spent <= most for spent, most in zip(one["cost"].to_pylist(), bound.to_pylist(), strict=True))
     assert over_worst_case(asked, segment, agreed).to_pylist() == [False] * len(rows)
 
 

@@ -539,13 +539,15 @@ def test_an_engine_that_idles_beyond_its_reserve_is_let_go(tmp_path: Path, monke
     monkeypatch.setattr(engine_slots, "clock_ms", lambda: now_ms[0])
     stage = Stage(tmp_path, rows=120, pools=(pool("own", HOURS), pool("far")), max_cost=Decimal(1))
 
+    own = Scripted(64)
+    lots, mine = stage.plan.lots.num_rows, stage.plan.lots.column("requests")[0].as_py()
+
     class Slow(Scripted):
         def poll(self) -> list[pa.RecordBatch]:
-            now_ms[0] += 200 if self.in_flight else 0
+            # Time passes once the other has nothing left to do.
+            now_ms[0] += 200 if self.in_flight and own.answered == mine else 0
             return super().poll()
 
-    own = Scripted(64)
-    lots = stage.plan.lots.num_rows
     rows, unserved = stage.run(stage.task({"own": 1, "far": lots - 1}, reserved_ms=2_000), {"own": own, "far": Slow(4)})
     assert unserved.num_rows == 0
     assert own.closed

@@ -23,8 +23,8 @@ from generated_runs import IDLING_S, LOADING_S, Ground, Run, draw, ground
 
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.transforms import bid, breaker, engines, shift
-from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.decisions import Decision
+from bidbeam.transforms.estimates import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.journal import SegmentRef, read_segment, spent_on
 from bidbeam.transforms.leftovers import NO_SECOND_TRY
 from bidbeam.transforms.shift import Shift

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.transforms.batches import batches_of, booked_rows
 from bidbeam.transforms.decisions import Decision
+from bidbeam.transforms.estimates import worst_input
 from bidbeam.transforms.journal import terms_from_json
 from bidbeam.transforms.lane import all_tags
 from bidbeam.transforms.lots import LOT, TAKEN_OVER, part_of_lot
@@ -30,9 +30,6 @@ from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms, worst_case_cost
 from bidbeam.transforms.shift_task import Award, ShiftTask
-
-_ESTIMATE, _TEMPLATE_TOKENS = 4, 64
-"""Where tokens are estimates: at worst every byte is one, and a chat template adds so many to a request."""
 
 _log = logging.getLogger(__name__)
 
@@ -108,11 +105,9 @@ def _take(keys: Iterable[bytes], waiting: Counter[bytes]) -> npt.NDArray[np.bool
 
 def _worst_case(rows: pa.Table, terms: Terms) -> Decimal:
     """USD that rows of a batch (INTENT_ROWS) may cost at most."""
-    tokens = rows.column("input_tokens").cast(pa.int64())
-    estimated = pc.add(pc.multiply(tokens, _ESTIMATE), _TEMPLATE_TOKENS)
     requests = pa.table(
         {
-            "input_tokens": pc.if_else(rows.column("tokens_exact"), tokens, estimated),
+            "input_tokens": worst_input(rows.column("input_tokens"), rows.column("tokens_exact")),
             "max_tokens": rows.column("max_tokens"),
             "n": rows.column("n"),
         }

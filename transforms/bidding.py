@@ -22,9 +22,7 @@ from bidbeam.connectors.errors import ConfigError
 from bidbeam.connectors.schemas import BIDS, COST, UTC
 from bidbeam.transforms.expecting import (
     DEFAULT_TOKENS_PER_SECOND,
-    WORST_ESTIMATE,
     WORST_SLOWDOWN,
-    WORST_TEMPLATE_TOKENS,
     LotColumns,
     PoolState,
     by_lot,
@@ -51,7 +49,7 @@ from bidbeam.transforms.scoring import (
 )
 
 __all__ = [
-    "DEFAULT_TOKENS_PER_SECOND", "WORST_ESTIMATE", "WORST_SLOWDOWN", "WORST_TEMPLATE_TOKENS", "BidMatrix", "LotColumns",
+    "DEFAULT_TOKENS_PER_SECOND", "WORST_SLOWDOWN", "BidMatrix", "LotColumns",
     "PoolState", "expected_usage", "finish_times", "make_bids", "prior_state", "speed_of",
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from bidbeam.connectors.batch_options import read_options
 from bidbeam.connectors.lease_terms import LeaseTerms
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.transforms.affinity import follows
+from bidbeam.transforms.estimates import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
 from bidbeam.transforms.pricing import Floats, Ints, Usage
 from bidbeam.transforms.reputation import Reputation
 
@@ -28,11 +29,6 @@ DEFAULT_TOKENS_PER_SECOND = {True: 2000.0, False: 200.0}
 
 WORST_SLOWDOWN = 4
 """A reservation by time is for a pool this many times slower than expected; a lot that takes longer is cancelled."""
-
-WORST_ESTIMATE = 4
-WORST_TEMPLATE_TOKENS = 64
-"""Where token counts are estimates (a token per four bytes): at worst every byte is a token, and the pool's own chat
-template adds this many to each request."""
 
 
 @dataclass(frozen=True, slots=True)

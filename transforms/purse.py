@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from bidbeam.connectors.engine import Lasting
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import COST
-from bidbeam.transforms.expecting import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
+from bidbeam.transforms.estimates import worst_input
 from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
 from bidbeam.transforms.lots import TAKEN_OVER
 from bidbeam.transforms.order import read_order
@@ -112,8 +112,7 @@ class Purse:
         known = self._context.known.get((lane.pool, lane.model))
         counted = np.ceil(tokens.to_numpy() * max(known.input_ratio or 1.0, 1.0)) if known is not None else tokens
         ours = pc.max_element_wise(tokens, pa.array(counted).cast(pa.int64()))
-        guessed = pc.add(pc.multiply(tokens, WORST_ESTIMATE), WORST_TEMPLATE_TOKENS)
-        most = pc.if_else(info.column("tokens_exact"), ours, guessed)
+        most = pc.if_else(info.column("tokens_exact"), ours, worst_input(tokens, info.column("tokens_exact")))
         at = info.schema.get_field_index("input_tokens")
         return worst_case_cost(info.set_column(at, "input_tokens", most), lane.terms)
 

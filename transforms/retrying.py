@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import COST
-from bidbeam.transforms.bidding import WORST_ESTIMATE, WORST_TEMPLATE_TOKENS
+from bidbeam.transforms.estimates import worst_input
 from bidbeam.transforms.settling import Terms, worst_case_cost
 
 TRIES = 4
@@ -71,8 +70,6 @@ def worst_case_of(order: pa.Table, places: np.ndarray[Any, Any], estimated: bool
 def worst_cases_of(order: pa.Table, places: np.ndarray[Any, Any], estimated: bool, *, terms: Terms) -> pa.Array:
     """The same of each of them (COST)."""
     here = order.select(["input_tokens", "max_tokens", "n"]).take(pa.array(places))
-    tokens = here.column("input_tokens").cast(pa.int64())
-    if estimated:
-        tokens = pc.add(pc.multiply(tokens, WORST_ESTIMATE), WORST_TEMPLATE_TOKENS)
+    tokens = worst_input(here.column("input_tokens"), pa.scalar(not estimated))
     here = here.set_column(0, "input_tokens", tokens).combine_chunks()
     return pa.concat_arrays([worst_case_cost(batch, terms) for batch in here.to_batches()] or [pa.array([], COST)])

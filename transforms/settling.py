@@ -30,6 +30,7 @@ from bidbeam.connectors.money import (
 from bidbeam.connectors.pools import Meter, PriceSchedule
 from bidbeam.connectors.schemas import COST, METER_COLUMNS, SEGMENT
 from bidbeam.transforms.accelerator_time import share_milliseconds
+from bidbeam.transforms.estimates import worst_input
 
 USAGE_SOURCES = ("reported", "recount", "estimate")
 """From the most to the least trustworthy."""
@@ -128,7 +129,9 @@ def book_lost(
     needs ``accelerator_ms``, the most that may have run: what was reserved and is not yet settled.
     """
     rows = requests.num_rows
-    usage = _worst_usage(requests)
+    # An estimate may be too low, and what may have been served may not cost more than is booked for it.
+    most = worst_input(requests.column("input_tokens"), requests.column("tokens_exact"))
+    usage = _worst_usage(requests.set_column(requests.schema.get_field_index("input_tokens"), "input_tokens", most))
     quantities = _worst_quantities(terms.price, usage)
     if terms.price.by_time:
         if accelerator_ms is None:

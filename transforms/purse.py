@@ -33,6 +33,8 @@ from bidbeam.transforms.settling import Terms, worst_case_cost
 from bidbeam.transforms.shift_task import ShiftTask
 
 _SUMMAND = pa.decimal128(37, 18)
+LAST = 2**20
+"""The rank of a lot at a pool that nothing is reserved for: all others come first."""
 
 
 class Purse:

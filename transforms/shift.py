@@ -43,7 +43,7 @@ from bidbeam.transforms.journal import (
 from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
 from bidbeam.transforms.leftovers import Leftovers
 from bidbeam.transforms.placement import eligible
-from bidbeam.transforms.purse import Purse
+from bidbeam.transforms.purse import LAST, Purse
 from bidbeam.transforms.recount import recount_results
 from bidbeam.transforms.region_check import believed, note_refuted, undeclared
 from bidbeam.transforms.run_context import RunContext
@@ -640,7 +640,9 @@ def _after_winner(lot: Lot) -> list[str]:
 def _handed_on(lot: Lot, tags: Tags, pool: str) -> Lot:
     """These requests of a lot as ``pool`` gets them from another; who comes after it stays known."""
     left = [name for name in _after_winner(lot) if name != pool]
-    return {**lot, "places": _places(tags), "runner_up": None, "next_best": left}
+    # Only for the runner-up may anything be reserved.
+    rank = lot.get("fallback_rank") if pool == lot.get("runner_up") else LAST
+    return {**lot, "places": _places(tags), "runner_up": None, "next_best": left, "fallback_rank": rank}
 
 
 def _places(tags: Tags) -> bytes:

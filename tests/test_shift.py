@@ -22,7 +22,7 @@ from bidbeam.connectors.pools import Capacity, PoolSpec, PriceSchedule
 from bidbeam.connectors.profiles import ErrorClass
 from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.watch import Watch
-from bidbeam.transforms import breaker, heartbeat, shift, stopping
+from bidbeam.transforms import breaker, heartbeat, heirs, shift, stopping
 from bidbeam.transforms import engines as engine_slots
 from bidbeam.transforms.bid import terms_of
 from bidbeam.transforms.engines import Slot
@@ -257,6 +257,36 @@ def test_a_dead_pool_s_lots_go_on_at_once_although_another_sits_on_its_requests(
     assert tags(rows, status="ok", pool="third") == sorted(third.tags) == sorted(asked)
     assert tags(rows, status="ok") == sorted(set(range(24)) - set(lost))
     assert places(unserved) == lost
+
+
+def test_an_idle_pool_takes_what_waits_at_one_that_sits_on_its_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lot by lot, the last first; what was sent stays where it is, and is answered there."""
+    for name in ("LONG_S", "LONGEST_S", "_EVERY_S"):
+        monkeypatch.setattr(heirs, name, 0.0)
+    stage = Stage(tmp_path)
+    lots = stage.plan.lots.num_rows
+
+    class Sitting(Scripted):
+        def poll(self) -> list[pa.RecordBatch]:
+            self.holds = len(far.tags) < 24 - 4
+            return super().poll()
+
+    near, far = Sitting(), Scripted()
+    rows, unserved = stage.run(stage.task({"near": lots}, "far"), {"near": near, "far": far})
+    assert unserved.num_rows == 0
+    assert (tags(rows, status="ok", pool="near"), near.tags) == ([0, 1, 2, 3], [0, 1, 2, 3])
+    assert sorted(far.tags) == list(range(4, 24))
+    assert far.tags[0] > 12
+
+
+def test_nothing_is_taken_from_a_pool_that_answers(tmp_path: Path) -> None:
+    """However idle its runner-up is: it won those lots."""
+    stage = Stage(tmp_path)
+    near, far = Scripted(), Scripted()
+    stage.run(stage.task({"near": stage.plan.lots.num_rows}, "far"), {"near": near, "far": far})
+    assert (len(near.tags), far.tags) == (24, [])
 
 
 def test_the_reserve_bounds_who_takes_over(tmp_path: Path) -> None:

@@ -486,6 +486,12 @@ class Lane:
         self._ready = self._used = self.short = False
         self.breaker, self.heeded = Breaker(), 0
 
+    @property
+    def last_waiting(self) -> Lot | None:
+        """The lot that it comes to last; None where nothing waits, or only a hedge."""
+        lot = self.queue[-1] if self.queue else None if self._opened is None else self.lots[self._opened.lot_id]
+        return None if lot is None or lot.get("kind") == HEDGE else lot
+
     def leftover(self) -> list[tuple[Lot, Tags]]:
         """Lots, or the unsent parts of lots, that nobody was asked for: (lot, tags not sent). Empties the queue."""
         left, self._returned = self._returned, []

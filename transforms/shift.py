@@ -8,7 +8,6 @@ asked for yet to their runners-up; what fails goes to the next round.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from bidbeam.transforms import dispatch, heartbeat, stopping
 from bidbeam.transforms.door import Door, LotRequests
 from bidbeam.transforms.engines import Slot, slot_for
 from bidbeam.transforms.hedging import HEDGE, TAIL, Hedge, Hedges
+from bidbeam.transforms.heirs import Heirs, handed_on, places_of
 from bidbeam.transforms.journal import (
     SegmentRef,
     list_segments,
@@ -42,8 +42,7 @@ from bidbeam.transforms.journal import (
 )
 from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
 from bidbeam.transforms.leftovers import Leftovers
-from bidbeam.transforms.placement import eligible
-from bidbeam.transforms.purse import LAST, Purse
+from bidbeam.transforms.purse import Purse
 from bidbeam.transforms.recount import recount_results
 from bidbeam.transforms.region_check import believed, note_refuted, undeclared
 from bidbeam.transforms.run_context import RunContext
@@ -108,6 +107,15 @@ class Shift:
         self._before = heartbeat.so_far(context.scratch, task.round) if task.round > 1 else {}
         self._won = {lot_id: each.pool for each in task.awards for lot_id in each.lots.column("lot_id").to_pylist()}
         self._purse = Purse(context, task, self._lanes.values, self._won)
+        self._heirs = Heirs(
+            self._specs,
+            self._lanes,
+            task.runner_up_terms,
+            self._won,
+            self._purse,
+            lambda pool, model, terms: self._lane(pool, model, 0, terms, None),
+            walled=context.max_cost is not None,
+        )
         self._failed_before: pa.Table | None = None
         self._lots: dict[str, Lot] = {}
         self._left = Leftovers(context, task.round, self._lots, self._won)
@@ -134,6 +142,7 @@ class Shift:
                     if lane.restartable:
                         self._restart(key, lane)
                     self._heed(lane)
+                    self._heirs.relieve(lane)
                     if not lane.open:
                         self._hand_over(lane)
                 self._hedge()
@@ -221,7 +230,7 @@ class Shift:
     def _open_lanes(self) -> None:
         for award in self._task.awards:
             for lot in award.lots.to_pylist():
-                if not self._may(award.pool, lot):
+                if not self._heirs.may(award.pool, lot):
                     self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
                     continue
                 lane = self._lane(award.pool, lot["model"], award.replica, award.terms[lot["model"]], award.reserved_ms)
@@ -302,7 +311,7 @@ class Shift:
 
     def _admit(self, pool: str, lot: Lot) -> bool:
         # Asked again here because every way to an engine ends here: awards, hand-overs and whatever comes to be added.
-        if self._may(pool, lot):
+        if self._heirs.may(pool, lot):
             return True
         self._keep_unsent(lot, all_tags(lot), "no_eligible_pool")
         return False
@@ -316,7 +325,7 @@ class Shift:
             left = tags[~np.isin(tags, self._left.settled)]
             if len(left) == 0:
                 return None
-            lot = {**lot, "places": _places(left)}
+            lot = {**lot, "places": places_of(left)}
         return self._door.open(lot, wants, ideal=self._context.rehearse, try_=self._try)
 
     # -- during ---------------------------------------------------------------------------------------------------
@@ -340,8 +349,8 @@ class Shift:
                 continue
             if lane.stopped:
                 self._keep_unsent(lot, tags, lane.stopped)
-            elif lot.get("kind") != HEDGE and (target := self._taker(lot, tags)) is not None:
-                target.queue.append(_handed_on(lot, tags, target.pool))
+            elif lot.get("kind") != HEDGE and (target := self._heirs.taker(lot, tags)) is not None:
+                target.queue.append(handed_on(lot, tags, target.pool))
             else:
                 self._keep_unsent(lot, tags, "server", lane.pool)
 
@@ -388,63 +397,16 @@ class Shift:
             if lot.get("kind") == HEDGE:
                 self._keep_unsent(lot, tags, "server")
             else:
-                parts.append(({**lot, "places": _places(tags)}, tags))
+                parts.append(({**lot, "places": places_of(tags)}, tags))
         lane.queue.extend(part for part, _ in parts)
         if parts:
             self._purse.reckon()
         moved = set[int]()
         for part, tags in parts:
-            if (target := self._taker(part, tags, instead_of=lane)) is not None:
-                target.queue.append(_handed_on(part, tags, target.pool))
+            if (target := self._heirs.taker(part, tags, instead_of=lane)) is not None:
+                target.queue.append(handed_on(part, tags, target.pool))
                 moved.add(id(part))
         lane.queue = deque(part for part in lane.queue if id(part) not in moved)
-
-    def _taker(self, lot: Lot, tags: Tags, instead_of: Lane | None = None) -> Lane | None:
-        """The lane that takes these requests of a lot over, paid for by the reserve: the market's next best first.
-
-        ``instead_of`` has them still to send; what it would owe for them is free again, and only who answers gets them.
-        """
-        lanes = [lane for pool in _after_winner(lot) if (lane := self._lane_for(pool, lot)) is not None]
-        well = [lane for lane in lanes if lane.breaker.closed and lane is not instead_of]
-        others = [] if instead_of is not None else [lane for lane in lanes if not lane.breaker.closed]
-        before = None if instead_of is None else instead_of.terms
-        return next(
-            # Where money is tight each of them is paid for before it is sent, whoever sends it.
-            (
-                lane
-                for lane in (*well, *others)
-                if self._purse.tight or self._purse.promise(lane.terms, lot, tags, instead_of=before)
-            ),
-            None,
-        )
-
-    def _lane_for(self, pool: str, lot: Lot) -> Lane | None:
-        """A pool's lane, opened where need be, if it may have a lot that another pool won, and takes requests."""
-        terms = self._task.runner_up_terms.get((pool, lot["model"]))
-        if terms is None or not self._may(pool, lot):
-            return None
-        there = self._open_lanes_of(pool, lot["model"])
-        if self._context.max_cost is not None and terms.price.by_time:
-            # Its time is reserved by the award: without one in this shift nobody would stop it.
-            return next((lane for lane in there if lane.reserved_ms is not None), None)
-        if there:
-            return there[0]
-        if pool != lot.get("runner_up") and self._specs[pool].kind != "openai":
-            # No engine is loaded, no node rented, no batch sent at a pool that the market did not choose for it.
-            return None
-        try:
-            lane = self._lane(pool, lot["model"], 0, terms, None)
-        except PoolDown:
-            return None
-        return lane if lane.open else None
-
-    def _open_lanes_of(self, pool: str, model: str) -> list[Lane]:
-        return [lane for key, lane in self._lanes.items() if key[:2] == (pool, model) and lane.open]
-
-    def _may(self, pool: str, lot: Lot) -> bool:
-        """Placement's second wall: whatever the market said, nothing goes where it may not."""
-        text = lot["placement"]
-        return eligible(json.loads(text) if text else None, self._specs[pool].placement)[0]
 
     def _keep_unsent(self, lot: Lot, tags: Tags, why: str, pool: str | None = None) -> None:
         if lot.get("kind") == HEDGE:
@@ -528,12 +490,8 @@ class Shift:
         return again
 
     def _lanes_for(self, lot: Lot) -> Iterator[Lane]:
-        """The lanes that the market found good for a lot, its own first, as far as they take and answer requests."""
-        for pool in (self._won.get(lot["lot_id"]), *_after_winner(lot)):
-            lane = next((each for each in self._open_lanes_of(pool or "", lot["model"]) if each.breaker.closed), None)
-            # What is gathered for a batch takes hours to come back: that is for the next round to weigh.
-            if lane is not None and not isinstance(lane.engine, Lasting) and self._answers(lane):
-                yield lane
+        """The lanes that may have another try at a lot: those of them that answer requests."""
+        return (lane for lane in self._heirs.at_work(lot) if self._answers(lane))
 
     def _answers(self, lane: Lane) -> bool:
         """Whether a pool has answered at least as much as it has failed, in all rounds so far of all starts."""
@@ -564,10 +522,10 @@ class Shift:
             self._purse.reckon()
         for lane, lot_id, number, tag in late:
             lot = self._lots[lot_id]
-            target = self._second_pool(lane, lot, tag)
+            target = self._heirs.second(lane, lot, self._left.failed_on(tag))
             if target is None or not self._purse.promise(target.terms, lot, np.array([tag])):
                 continue
-            hedge = _handed_on({**lot, "attempt_no": number + 1, "kind": HEDGE}, np.array([tag]), target.pool)
+            hedge = handed_on({**lot, "attempt_no": number + 1, "kind": HEDGE}, np.array([tag]), target.pool)
             target.queue.append(hedge)
             self._hedges.add(Hedge(tag, (lane.pool, target.pool), "primary" if number == 1 else "retry", number + 1))
 
@@ -578,19 +536,6 @@ class Shift:
         lanes = list(self._lanes.values())
         out = sum(lane.engine_in_flight for lane in lanes)
         return 0 < out * TAIL <= sum(lane.submitted for lane in lanes) and not any(lane.waiting for lane in lanes)
-
-    def _second_pool(self, lane: Lane, lot: Lot, tag: int) -> Lane | None:
-        """The best other pool for a lot, by the market's judgement, that is well and at hand."""
-        for pool in (self._won.get(lot["lot_id"]), *_after_winner(lot)):
-            if pool is None or pool == lane.pool or pool in self._left.failed_on(tag):
-                continue
-            if not self._open_lanes_of(pool, lot["model"]) and self._specs[pool].kind != "openai":
-                # No engine is loaded, no node rented, no batch sent for the sake of a hedge.
-                continue
-            target = self._lane_for(pool, lot)
-            if target is not None and target.takes_at_once:
-                return target
-        return None
 
     def _flush(self, *, final: bool) -> Iterator[ShiftResult]:
         closed, self._closed_books = self._closed_books, []
@@ -629,25 +574,6 @@ class Shift:
             segment = self._writing.popleft().result()
             self._purse.written()
             yield ShiftResult(segment=segment)
-
-
-def _after_winner(lot: Lot) -> list[str]:
-    """The pools that the market would give a lot to after its winner, the best first."""
-    runner_up = lot.get("runner_up")
-    return [*([] if runner_up is None else [runner_up]), *(lot.get("next_best") or ())]
-
-
-def _handed_on(lot: Lot, tags: Tags, pool: str) -> Lot:
-    """These requests of a lot as ``pool`` gets them from another; who comes after it stays known."""
-    left = [name for name in _after_winner(lot) if name != pool]
-    # Only for the runner-up may anything be reserved.
-    rank = lot.get("fallback_rank") if pool == lot.get("runner_up") else LAST
-    return {**lot, "places": _places(tags), "runner_up": None, "next_best": left, "fallback_rank": rank}
-
-
-def _places(tags: Tags) -> bytes:
-    """A lot's places as its tags give them."""
-    return (tags & 0xFFFFFFFF).astype("<u4").tobytes()
 
 
 def _last_failures(rows: pa.Table) -> pa.Table:

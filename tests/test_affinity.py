@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from markets import NOW, pool
 from small_plans import Planned, make_context, make_plan, write_input
 from test_shift import AT, Scripted, Stage
 
+from bidbeam.connectors.pools import Capacity
 from bidbeam.transforms.affinity import follows, with_holders
-from bidbeam.transforms.bid import decide, pool_states
+from bidbeam.transforms.bid import decide
 from bidbeam.transforms.bidding import make_bids
 from bidbeam.transforms.lots import LOT, lot_places, part_of_lot
 
@@ -85,18 +87,21 @@ def test_a_part_of_a_lot_begins_warm_behind_what_comes_before_it(plan: Planned) 
 
 
 def test_a_round_of_the_market_tells_the_next_who_had_the_lot_before(tmp_path: Path) -> None:
-    """What the budget leaves waiting behind an awarded lot goes on as held by its winner, and so does what was awarded:
-    a shift may leave some of it over."""
+    """What has no time left behind an awarded lot goes on as held by its winner, and so does what was awarded: a shift
+    may leave some of it over."""
     stage = Stage(tmp_path)
-    worst = make_bids(stage.plan.lots, pool_states(stage.context, AT), now=AT).worst_case_cost(0).to_pylist()
-    context = replace(stage.context, max_cost=worst[0] + worst[1])
-    decision = decide(context, 1, stage.plan.lots, Decimal(0), AT)
+    lots = stage.plan.lots
+    tokens = sum(lots.column("input_tokens").to_pylist() + lots.column("max_output_tokens").to_pylist())
+    near = replace(stage.context.pools[0], capacity=Capacity(4, tokens_per_second=tokens / 60))
+    context = replace(stage.context, pools=(near,), deadline_at=AT + timedelta(seconds=40))
+    decision = decide(context, 1, lots, Decimal(0), AT)
     ((award,),) = (task.awards for task in decision.tasks)
-    ids = stage.plan.lots.column("lot_id").to_pylist()
+    every = pa.concat_tables([award.lots.select(LOT.names), decision.waiting])
+    ids = every.sort_by("start").column("lot_id").to_pylist()
     after = dict(zip(ids[1:], ids[:-1], strict=True))
     won = set(award.lots.column("lot_id").to_pylist())
     assert won
-    for lot in pa.concat_tables([award.lots.select(LOT.names), decision.waiting]).to_pylist():
+    for lot in every.to_pylist():
         assert lot["held_by"] == (award.pool if after.get(lot["lot_id"]) in won else None)
     assert award.pool in decision.waiting.column("held_by").to_pylist()
 

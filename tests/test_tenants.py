@@ -22,6 +22,7 @@ from bidbeam.pipelines.progress import NullProgress
 from bidbeam.pipelines.run import run_job
 from bidbeam.transforms.door import cache_salt
 from bidbeam.transforms.engines import Slot
+from bidbeam.transforms.heirs import Heirs
 from bidbeam.transforms.order import split_group
 from bidbeam.transforms.shift import Shift
 
@@ -193,8 +194,8 @@ def test_a_lot_put_into_a_lane_behind_the_market_s_back_stays_there(
 ) -> None:
     """Even where the shift's own check of awards is blind, the door to the engine still asks."""
     stage, far = Walled(tmp_path), Scripted()
-    may, blind = Shift._may, iter([True] * stage.plan.lots.num_rows)
-    monkeypatch.setattr(Shift, "_may", lambda self, name, lot: next(blind, False) or may(self, name, lot))
+    may, blind = Heirs.may, iter([True] * stage.plan.lots.num_rows)
+    monkeypatch.setattr(Heirs, "may", lambda self, name, lot: next(blind, False) or may(self, name, lot))
     task = stage.task({"far": stage.plan.lots.num_rows})
     shift = Shift(task, stage.context, stage.plan.spills, slot=lambda *_: Slot(far, lambda timeout_s: 7))
     unserved = [result.unserved for result in shift.run() if result.unserved is not None]

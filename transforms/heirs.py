@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from bidbeam.connectors.engine import Lasting
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.pools import PoolSpec
-from bidbeam.transforms.lane import Lane, Lot, Tags
+from bidbeam.transforms.lane import Lane, Lot
+from bidbeam.transforms.outstanding import Tags
 from bidbeam.transforms.placement import eligible
 from bidbeam.transforms.purse import LAST, Purse
 from bidbeam.transforms.settling import Terms

@@ -23,10 +23,12 @@ from bidbeam.transforms.batches import earlier_terms, settle_strays
 from bidbeam.transforms.breaker import COUNTED, Breaker
 from bidbeam.transforms.door import LotRequests
 from bidbeam.transforms.drawing import Draws
+from bidbeam.transforms.given_up import died_with_the_pool, lost_rows, outcome_unknown
 from bidbeam.transforms.hedging import HEDGE, LEAST_S, Latencies
 from bidbeam.transforms.output_checks import check_answers, would_repeat
+from bidbeam.transforms.outstanding import WORST, Outstanding, Tags
 from bidbeam.transforms.region_check import check_regions
-from bidbeam.transforms.settling import Terms, book_lost, constant, overhead_row, settle
+from bidbeam.transforms.settling import Terms, overhead_row, settle
 from bidbeam.transforms.waiting import error_of
 
 NOT_SENT = "not sent"
@@ -34,14 +36,8 @@ NOT_SENT = "not sent"
 
 _LEAST_NOTED = 8
 """Requests that are written down at a time before they are sent, where an engine's window is smaller."""
-_SENT_S = "sent_s"
-"""The lane's clock when a request was handed to the engine, beside what settling asks of it."""
-_WORST = "worst"
-"""A request's worst case (COST), beside what settling asks of it, where the lane draws on a purse."""
 _EXACT = pa.decimal256(76, 36)
-_LOST = "given up in flight: it may have been served, so it is booked at its worst case"
 
-Tags = np.ndarray[Any, np.dtype[np.int64]]
 Lot = dict[str, Any]
 """One row of a LOT table, with ``runner_up``, the pool that gets it when its own goes down, and ``next_best``, those
 that come after it. A hedge's has ``kind``."""
@@ -137,7 +133,7 @@ class Lane:
     _granted: int = 0
     """Rows of the opened lot that are paid for."""
     _at: int = 0
-    _outstanding: list[pa.RecordBatch] = field(default_factory=list)
+    _outstanding: Outstanding = field(default_factory=Outstanding)
     _results: list[pa.RecordBatch] = field(default_factory=list)
     _returned: list[tuple[Lot, Tags]] = field(default_factory=list)
     _called_off: set[int] = field(default_factory=set)
@@ -235,11 +231,8 @@ class Lane:
                 # An engine that is gone takes nothing: these rows are then left over.
                 self.engine.submit(part)
                 self.breaker.sent(part.column("tag")[0].as_py())
-                sent = pa.repeat(pa.scalar(self.clock()), part.num_rows)
-                info = self._opened.info.slice(self._at, room).append_column(_SENT_S, sent)
-                if self._worst is not None:
-                    info = info.append_column(_WORST, self._worst.slice(self._at, room))
-                self._outstanding.append(info)
+                worst = None if self._worst is None else self._worst.slice(self._at, room)
+                self._outstanding.add(self._opened.info.slice(self._at, room), self.clock(), worst)
                 self._at += part.num_rows
                 self.submitted += part.num_rows
                 self._used = True
@@ -300,10 +293,10 @@ class Lane:
         """Keeps results for settling; what comes back unsent is left over instead, and was no attempt."""
         unsent = pc.fill_null(pc.equal(batch.column("error_message"), NOT_SENT), False)
         if pc.any(unsent).as_py():
-            back = self._match(batch.filter(unsent).column("tag").to_numpy())
+            back = self._outstanding.take(batch.filter(unsent).column("tag").to_numpy())
             self.submitted -= back.num_rows
             if self.purse is not None and self.announce is not None:
-                self.purse.abandon(back.column("tag"), back.column(_WORST))
+                self.purse.abandon(back.column("tag"), back.column(WORST))
             # What another pool has answered meanwhile is nobody's to send, and says nothing of this one.
             called_off = pa.array(list(self._called_off), pa.int64())
             wanted = back.filter(pc.invert(pc.is_in(back.column("tag"), value_set=called_off)))
@@ -365,15 +358,7 @@ class Lane:
             return []
         since = self.clock() - max(usual_s, LEAST_S)
         polled = {tag for batch in self._results for tag in batch.column("tag").to_pylist()}
-        late = [batch.filter(pc.less(batch.column(_SENT_S), since)) for batch in self._outstanding]
-        found = [
-            (str(lot_id), number, tag)
-            for batch in late
-            for lot_id, number, tag in zip(
-                *(batch.column(name).to_pylist() for name in ("lot_id", "attempt_no", "tag")), strict=True
-            )
-        ]
-        return [each for each in found if each[2] not in polled]
+        return [each for each in self._outstanding.sent_before(since) if each[2] not in polled]
 
     @property
     def takes_at_once(self) -> bool:
@@ -414,7 +399,7 @@ class Lane:
         """USD that what is paid for and not settled may cost; 0 where it draws on no purse."""
         if self.purse is None:
             return Decimal(0)
-        out = sum((sum_decimal(batch.column(_WORST)) for batch in self._outstanding), Decimal(0))
+        out = self._outstanding.worst
         if self._opened is not None and self._worst is not None:
             out += sum_decimal(self._worst.slice(self._at, self._granted - self._at))
         return out
@@ -520,7 +505,9 @@ class Lane:
         now = now or datetime.now(UTC)
         metered = self.meter is not None and self.terms.price.by_time
         if final and self.down and self._outstanding and metered:
-            self._results.append(self._died(now))
+            answered = [batch.column("tag").to_numpy() for batch in self._results]
+            gone = np.setdiff1d(self._outstanding.tags, np.concatenate([np.zeros(0, np.int64), *answered]))
+            self._results.append(died_with_the_pool(gone, str(self.down), now))
         rows: list[pa.RecordBatch] = []
         busy = idle = 0
         counts = self._used or self.retire is not None
@@ -532,7 +519,7 @@ class Lane:
         if self._results:
             results = pa.Table.from_batches(self._results, schema=RESULT_SCHEMA).combine_chunks().to_batches()[0]
             self._results = []
-            requests = self._match(results.column("tag").to_numpy())
+            requests = self._outstanding.take(results.column("tag").to_numpy())
             # Of what failed no tokens are counted either.
             answered = pc.equal(results.column("status"), "ok")
             self.ideal_cached_tokens += pc.sum(requests.column("ideal_cached_tokens").filter(answered)).as_py() or 0
@@ -542,9 +529,7 @@ class Lane:
         elif busy:
             rows += self._overhead("accelerator_second", busy, now)
         if final and self.down and self._outstanding:
-            sent = pa.Table.from_batches(self._outstanding).unify_dictionaries().combine_chunks().to_batches()[0]
-            self._outstanding = []
-            rows.append(self._lost(sent, now))
+            rows.append(lost_rows(self._outstanding.take_all(), self.terms, now))
         for batch in rows:
             self._count(batch)
         self.freed += max(promised - self.promised - (self.cost - cost), Decimal(0))
@@ -572,8 +557,8 @@ class Lane:
     ) -> Iterator[pa.RecordBatch]:
         """SEGMENT rows of results; ``milliseconds`` is what the accelerator was busy with them, None where that is not
         what is paid."""
-        if milliseconds is None and (unknown := _outcome_unknown(results)) is not None:
-            yield self._lost(requests.filter(unknown), now, results.filter(unknown).column("started_at"), terms)
+        if milliseconds is None and (unknown := outcome_unknown(results)) is not None:
+            yield lost_rows(requests.filter(unknown), terms, now, results.filter(unknown).column("started_at"))
             requests, results = requests.filter(pc.invert(unknown)), results.filter(pc.invert(unknown))
         if results.num_rows:
             checked = check_answers(requests.column("sampling"), results) if self.checks else results
@@ -582,24 +567,6 @@ class Lane:
                 self.repeating.update(would_repeat(requests.column("sampling"), results, checked))
             counted = self.recount(checked) if self.recount is not None else None
             yield settle(requests, checked, terms, accelerator_ms=milliseconds, recount_output_tokens=counted)
-
-    def _lost(
-        self,
-        requests: pa.RecordBatch,
-        now: datetime,
-        started_at: pa.Array | None = None,
-        terms: Terms | None = None,
-    ) -> pa.RecordBatch:
-        """SEGMENT rows of requests that the pool was handed and of whose outcome nothing is known."""
-        if started_at is not None:
-            requests = requests.append_column("started_at", started_at)
-        rows = book_lost(requests, terms or self.terms, now)
-        for name, value in (("error_class", "server"), ("error_message", _LOST)):
-            at = rows.schema.get_field_index(name)
-            rows = rows.set_column(
-                at, rows.schema.field(at), constant(value, rows.schema.field(at).type, rows.num_rows)
-            )
-        return rows
 
     def _count(self, rows: pa.RecordBatch) -> None:
         self.cost += sum_decimal(rows.column("cost"))
@@ -652,52 +619,11 @@ class Lane:
             overhead_row(self.terms, meter=meter, millis=millis, at=now, attempt_id=attempt_id, round_no=self.round)
         ]
 
-    def _match(self, wanted: Tags) -> pa.RecordBatch:
-        """What was handed over under these tags, in their order; takes it out of what is outstanding."""
-        sent = pa.Table.from_batches(self._outstanding).unify_dictionaries().combine_chunks().to_batches()[0]
-        tags = sent.column("tag").to_numpy()
-        by_tag = np.argsort(tags, kind="stable")
-        found = by_tag[np.searchsorted(tags, wanted, sorter=by_tag)]
-        if len(found) == len(tags):
-            self._outstanding = []
-        else:
-            rest = np.ones(len(tags), bool)
-            rest[found] = False
-            self._outstanding = [sent.filter(pa.array(rest))]
-        return sent if np.array_equal(found, np.arange(len(tags))) else sent.take(pa.array(found))
-
-    def _died(self, now: datetime) -> pa.RecordBatch:
-        """Results for what was outstanding when the pool died, and has no result yet."""
-        answered = [batch.column("tag").to_numpy() for batch in self._results]
-        sent = np.concatenate([batch.column("tag").to_numpy() for batch in self._outstanding])
-        lost = np.setdiff1d(sent, np.concatenate(answered)) if answered else sent
-        columns: Mapping[str, Any] = {
-            "tag": pa.array(lost),
-            "status": pa.repeat("failed", len(lost)),
-            "error_class": pa.repeat("server", len(lost)),
-            "error_message": pa.repeat(f"the pool went down: {self.down}"[:200], len(lost)),
-            "started_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), len(lost)),
-            "finished_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), len(lost)),
-        }
-        return pa.RecordBatch.from_arrays(
-            [columns[f.name] if f.name in columns else pa.nulls(len(lost), f.type) for f in RESULT_SCHEMA],
-            schema=RESULT_SCHEMA,
-        )
-
 
 def _against(results: pa.RecordBatch) -> pa.Array:
     """Which results speak against the pool (bool[n])."""
     counted = pc.is_in(results.column("error_class"), value_set=pa.array(sorted(COUNTED)))
     return pc.and_(pc.not_equal(results.column("status"), "ok"), counted)
-
-
-def _outcome_unknown(results: pa.RecordBatch) -> pa.Array | None:
-    """Which results were given up in flight without a word of their usage (bool[n]); None where none was."""
-    cancelled = pc.equal(results.column("status"), "cancelled")
-    if not pc.any(cancelled).as_py():
-        return None
-    unknown = pc.and_(pc.is_null(results.column("input_tokens")), pc.is_null(results.column("output_tokens")))
-    return pc.and_(cancelled, unknown)
 
 
 def all_tags(lot: Lot) -> Tags:

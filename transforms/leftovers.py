@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bidbeam.transforms.lane import Lane, Lot, Tags
+from bidbeam.transforms.lane import Lane, Lot
 from bidbeam.transforms.lots import LOT, part_of_lot
 from bidbeam.transforms.order import read_order
+from bidbeam.transforms.outstanding import Tags
 from bidbeam.transforms.region_check import from_elsewhere
 from bidbeam.transforms.retrying import Retries
 from bidbeam.transforms.run_context import RunContext

@@ -24,9 +24,10 @@ from bidbeam.connectors.engine import Lasting
 from bidbeam.connectors.money import sum_decimal
 from bidbeam.connectors.schemas import COST
 from bidbeam.transforms.estimates import worst_input
-from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
+from bidbeam.transforms.lane import Lane, Lot, all_tags
 from bidbeam.transforms.lots import TAKEN_OVER
 from bidbeam.transforms.order import read_order
+from bidbeam.transforms.outstanding import Tags
 from bidbeam.transforms.retrying import worst_case_of, worst_cases_of
 from bidbeam.transforms.run_context import RunContext
 from bidbeam.transforms.settling import Terms, worst_case_cost

@@ -40,8 +40,9 @@ from bidbeam.transforms.journal import (
     segment_ref,
     write_segment,
 )
-from bidbeam.transforms.lane import Lane, Lot, Tags, all_tags
+from bidbeam.transforms.lane import Lane, Lot, all_tags
 from bidbeam.transforms.leftovers import Leftovers
+from bidbeam.transforms.outstanding import Tags
 from bidbeam.transforms.purse import Purse
 from bidbeam.transforms.recount import recount_results
 from bidbeam.transforms.region_check import believed, note_refuted, undeclared

@@ -25,6 +25,7 @@ from bidbeam.pipelines.watch import Watch
 from bidbeam.transforms import breaker, heartbeat, heirs, shift, stopping
 from bidbeam.transforms import engines as engine_slots
 from bidbeam.transforms.bid import terms_of
+from bidbeam.transforms.door import Door
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.journal import SegmentRef, read_segment
 from bidbeam.transforms.order import read_order
@@ -279,6 +280,19 @@ def test_an_idle_pool_takes_what_waits_at_one_that_sits_on_its_requests(
     assert (tags(rows, status="ok", pool="near"), near.tags) == ([0, 1, 2, 3], [0, 1, 2, 3])
     assert sorted(far.tags) == list(range(4, 24))
     assert far.tags[0] > 12
+
+
+def test_what_is_ideal_of_each_request_sums_to_what_is_ideal_of_its_lot(tmp_path: Path) -> None:
+    """So that the progress and the bill speak of one ideal: the first request shares with the lot before, unless some
+    of its lot has gone elsewhere."""
+    stage = Stage(tmp_path)
+    door = Door(stage.context, stage.plan.spills)
+    lots = stage.plan.lots.to_pylist()
+    ideal = [pc.sum(door.open(lot, frozenset()).info.column("ideal_cached_tokens")).as_py() for lot in lots]
+    assert ideal == [lot["ideal_cached_tokens"] for lot in lots]
+    assert any(lot["warm_tokens"] for lot in lots)
+    rest = {**lots[1], "places": lots[1]["places"][4:]}
+    assert door.open(rest, frozenset()).info.column("ideal_cached_tokens")[0].as_py() == 0
 
 
 def test_nothing_is_taken_from_a_pool_that_answers(tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ class Door:
         reusable = cacheable_tokens(shared_with_previous(order, places), lengths, block)
         if ideal:
             columns["ideal_cached_tokens"] = pa.array(reusable.astype(np.int32))
+        # The run's ideal also has what the first one shares with the lot before, whoever served that.
+        best = reusable.copy()
+        if int(places[0]) == lot["start"]:
+            best[0] = max(int(best[0]), int(str(lot["warm_tokens"])))
         attempt_no = int(str(lot["attempt_no"]))
         info = pa.RecordBatch.from_pydict(
             {
@@ -152,7 +156,7 @@ class Door:
                 "sampling": columns["sampling"],
                 "max_tokens": columns["max_tokens"],
                 "n": _array(spilled, "n").cast(pa.int16()),
-                "ideal_cached_tokens": pa.array(reusable.astype(np.int32)),
+                "ideal_cached_tokens": pa.array(best.astype(np.int32)),
             }
         )
         # An engine that outlives this process keeps the books of what it sent itself.

@@ -23,7 +23,7 @@ from bidbeam.connectors.engine import RESULT_SCHEMA
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.pipelines.run import run
 from bidbeam.pipelines.verify import verify_ledger
-from bidbeam.transforms import lane
+from bidbeam.transforms import heirs, lane
 from bidbeam.transforms.charging import serving
 from bidbeam.transforms.engines import Slot
 from bidbeam.transforms.hedging import CALLED_OFF, Latencies
@@ -345,6 +345,7 @@ def _outcome_of(ends: dict[int, dict[str, Any]], tag: int) -> dict[str, Any]:
     deaf=st.tuples(st.booleans(), st.booleans()),
     dies=st.tuples(st.none() | st.integers(1, ROWS), st.none() | st.integers(0, 2)),
     part=st.integers(1, 3),
+    relieved=st.booleans(),
 )
 def test_hedged_or_not_each_request_is_served_once_or_left_and_the_reserve_holds(
     tmp_path_factory: pytest.TempPathFactory,
@@ -352,9 +353,10 @@ def test_hedged_or_not_each_request_is_served_once_or_left_and_the_reserve_holds
     deaf: tuple[bool, bool],
     dies: tuple[int | None, int | None],
     part: int,
+    relieved: bool,
 ) -> None:
-    """Whoever is slow, fails, dies or cannot be called off: no request is lost or served twice, no attempt is sent
-    twice, none is hedged twice, and all that is charged fits in what was reserved."""
+    """Whoever is slow, fails, dies, cannot be called off or is relieved of what waits: no request is lost or served
+    twice, no attempt is sent twice, none is hedged twice, and all that is charged fits in what was reserved."""
     chance = np.random.default_rng(seed)
     engines = dict[str, Slow]()
     for at, name in enumerate(("near", "far", "third")):
@@ -369,7 +371,10 @@ def test_hedged_or_not_each_request_is_served_once_or_left_and_the_reserve_holds
     worst = ROWS * (20 * Decimal("1E-7") + 4 * Decimal("4E-7"))
     reserved = worst * part
     task = stage.task({"near": stage.plan.lots.num_rows}, "far", next_best=("third",))
-    rows, unserved = stage.run(replace(task, reserved=reserved), {**engines})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LONG_S", "LONGEST_S", "_EVERY_S") if relieved else ():
+            patch.setattr(heirs, name, 0.0)
+        rows, unserved = stage.run(replace(task, reserved=reserved), {**engines})
     served = tags(rows.filter(serving(rows)))
     assert len(set(served)) == len(served)
     final = set(tags(rows, error_class="caller"))

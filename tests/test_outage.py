@@ -36,7 +36,13 @@ class Clock:
 
 
 def waited(
-    home: Path, beats: dict[str, tuple[int, bool]], *, back_after_s: float = 1e9, pools: Any = None, **keys: Any
+    home: Path,
+    beats: dict[str, tuple[int, bool]],
+    *,
+    back_after_s: float = 1e9,
+    stop_after_s: float = 1e9,
+    pools: Any = None,
+    **keys: Any,
 ) -> tuple[float, str]:
     """Seconds waited before round 2, and what was told. ``beats``: how many each pool answered in round 1, and whether
     it then went down; all are back after so many seconds."""
@@ -53,7 +59,13 @@ def waited(
     }
     context.scratch.replace("progress/r001-s000.json", json.dumps(document).encode())
     clock = Clock()
-    wait_out(context, 2, planned.lots, there=lambda _: clock.slept_s >= back_after_s, now=clock.now, sleep=clock.sleep)
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.slept_s >= stop_after_s:
+            context.scratch.replace(stopping.FILE, b"stop")
+
+    wait_out(context, 2, planned.lots, there=lambda _: clock.slept_s >= back_after_s, now=clock.now, sleep=sleep)
     told = [context.scratch.read(entry.name).decode() for entry in context.scratch.list("progress/r002")]
     return clock.slept_s, " ".join(told)
 
@@ -78,6 +90,15 @@ def test_who_is_asked_to_stop_does_not_wait(tmp_path: Path) -> None:
     stopping.request()
     try:
         assert waited(tmp_path, {"near": (3, True)})[0] == 0
+    finally:
+        stopping.clear()
+
+
+def test_a_worker_in_another_process_hears_that_the_driver_was_stopped(tmp_path: Path) -> None:
+    """The driver says so in the scratch; no shift is at work that would look there."""
+    try:
+        slept_s, _ = waited(tmp_path, {"near": (3, True)}, stop_after_s=5)
+        assert 5 <= slept_s <= 10
     finally:
         stopping.clear()
 

@@ -121,7 +121,7 @@ def note(scratch: Store, name: str, notes: Mapping[str, str]) -> None:
         ("in_flight", "settled", "failed", "input_tokens", "cached_tokens", "output_tokens", "ideal_cached_tokens"), 0
     )
     pools = [
-        {**nothing, "pool": pool, "model": None, "cost": "0", "down": None, "strayed": False, "notes": [text]}
+        {**nothing, "pool": pool, "model": None, "cost": "0", "down": None, "notes": [text]}
         for pool, text in notes.items()
     ]
     with contextlib.suppress(OSError, StoreError):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from bidbeam.connectors.engine import Lasting
 from bidbeam.connectors.errors import PoolDown
 from bidbeam.connectors.pools import PoolSpec
+from bidbeam.transforms.hedging import HEDGE
 from bidbeam.transforms.lane import Lane, Lot
 from bidbeam.transforms.outstanding import Tags
 from bidbeam.transforms.placement import eligible
@@ -100,8 +101,10 @@ class Heirs:
         # All of it is owed until it is promised elsewhere.
         lane.queue.extend(part for part, _ in parts)
         self._purse.reckon()
-        part, tags = next(each for each in reversed(parts) if each[0]["lot_id"] == lot["lot_id"])
-        if self._paid(target, part, tags, lane.terms):
+        # A hedge of the same lot is its second pool's alone.
+        mine = [each for each in parts if each[0]["lot_id"] == lot["lot_id"] and each[0].get("kind") != HEDGE]
+        part, tags = mine[-1] if mine else (None, None)
+        if part is not None and tags is not None and self._paid(target, part, tags, lane.terms):
             lane.queue = deque(each for each in lane.queue if each is not part)
             target.queue.append(handed_on(part, tags, target.pool))
 

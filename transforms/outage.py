@@ -6,6 +6,7 @@ that never answered in this start is another matter: that is a wrong address, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 
+from bidbeam.connectors.errors import StoreError
 from bidbeam.connectors.http_engine import is_there
 from bidbeam.connectors.pools import PoolSpec
 from bidbeam.transforms import heartbeat, stopping
@@ -22,7 +24,7 @@ from bidbeam.transforms.run_context import RunContext
 
 _FIRST_S, _LONGEST_S = 1.0, 30.0
 """Between two looks; the time doubles."""
-_TICK_S = 0.25
+_TICK_S = 1.0
 
 
 def gone(context: RunContext, lots: pa.Table, before: Mapping[str, SoFar], answered: Collection[str]) -> list[PoolSpec]:
@@ -71,10 +73,18 @@ def wait_out(
         {spec.name: f"nobody answers; waiting for it until {until:%H:%M:%S} UTC" for spec in pools},
     )
     pause_s = _FIRST_S
-    while now() < until and not stopping.requested():
+    while now() < until and not _stopped(context):
         if any(there(spec) for spec in pools):
             return
         again = min(now() + timedelta(seconds=pause_s), until)
-        while now() < again and not stopping.requested():
-            sleep(_TICK_S)
+        while (left_s := (again - now()).total_seconds()) > 0 and not _stopped(context):
+            sleep(min(left_s, _TICK_S))
         pause_s = min(2 * pause_s, _LONGEST_S)
+
+
+def _stopped(context: RunContext) -> bool:
+    """Whether the driver was asked to stop: no shift is at work that would hear of it in another process."""
+    with contextlib.suppress(OSError, StoreError):
+        if context.scratch.exists(stopping.FILE):
+            stopping.request()
+    return stopping.requested()
